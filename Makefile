@@ -44,9 +44,9 @@ fuzz: ## run every fuzzer for FUZZTIME (30s)
 lint: ## gofmt, go vet and staticcheck (pinned in hack/tools/lint)
 	@hack/lint.sh
 
-image: build ## build the container image sluice:VERSION with buildah
+image: build ## build the container image with buildah
 	@hack/install.sh image
-	@hack/image.sh sluice:$(VERSION)
+	@hack/image.sh sluice-proxy/sluice:$(VERSION)
 
 clean: ## remove what the build made
 	rm -rf bin out
