@@ -1,0 +1,236 @@
+package netlab
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const patience = 10 * time.Second
+
+func newLab(t *testing.T, cfg Config) *Lab {
+	t.Helper()
+	if err := Supported(); err != nil {
+		t.Skip("SKIPPED, needs network namespaces: ", err)
+	}
+	lab, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(lab.Close)
+	return lab
+}
+
+// TestEverybodyReachesEverybody: all pairs of hosts, both families, both
+// protocols, at once, on a lab that was built this moment.
+func TestEverybodyReachesEverybody(t *testing.T) {
+	for name, bridge := range map[string]string{"routed": "", "bridge": "cbr0"} {
+		t.Run(name, func(t *testing.T) {
+			cfg := Default()
+			cfg.Nodes[0].Bridge = bridge
+			lab := newLab(t, cfg)
+			hosts := []string{"node1", "node2", "pod1", "pod2", "pod3", "pod4", "client"}
+			for _, h := range hosts {
+				for _, a := range lab.Addrs(h) {
+					for _, network := range []string{"tcp", "udp"} {
+						if _, err := lab.Host(h).Serve(h, network, netip.AddrPortFrom(a, 80)); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+			}
+			var wg sync.WaitGroup
+			for _, from := range hosts {
+				for _, to := range hosts {
+					for _, a := range lab.Addrs(to) {
+						for _, network := range []string{"tcp", "udp"} {
+							wg.Go(func() {
+								got, err := lab.Host(from).Ask(t.Context(), network, netip.Addr{}, netip.AddrPortFrom(a, 80), patience)
+								if err != nil || got.Server != to || !got.SourceKept() {
+									t.Errorf("%s to %s at %s over %s: %v, %v", from, to, a, network, got, err)
+								}
+								if want := lab.Addr(from, a.Is4()); from != to && got.Seen.Addr() != want {
+									t.Errorf("%s to %s: seen as %s, want %s", from, to, got.Seen.Addr(), want)
+								}
+							})
+						}
+					}
+				}
+			}
+			wg.Wait()
+		})
+	}
+}
+
+func TestAnswers(t *testing.T) {
+	lab := newLab(t, Default())
+	for _, p := range []string{"10.96.0.0/16", "fd00:10:96::/112"} {
+		if err := lab.RouteVia(netip.MustParsePrefix(p), "node1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range []string{"203.0.113.0/24", "2001:db8:113::/64"} {
+		err := lab.Fabric.Netlink().RouteAdd(&netlink.Route{Dst: ipNet(netip.MustParsePrefix(p)), Type: unix.RTN_BLACKHOLE})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var wg sync.WaitGroup
+	for _, tc := range []struct {
+		to   string
+		want Result
+		wait time.Duration
+	}{
+		{"10.244.1.11:81", Refused, patience},
+		{"[fd00:10:244:1::11]:81", Refused, patience},
+		{"10.96.0.1:80", Unreachable, patience},
+		{"[fd00:10:96::1]:80", Unreachable, patience},
+		{"203.0.113.1:80", TimedOut, 300 * time.Millisecond},
+		{"[2001:db8:113::1]:80", TimedOut, 300 * time.Millisecond},
+	} {
+		for _, network := range []string{"tcp", "udp"} {
+			for _, from := range []string{"client", "pod2", "node1"} {
+				wg.Go(func() {
+					got, err := lab.Host(from).Ask(t.Context(), network, netip.Addr{}, netip.MustParseAddrPort(tc.to), tc.wait)
+					if err != nil || got.Result != tc.want {
+						t.Errorf("%s to %s over %s: %v, %v; want %v", from, tc.to, network, got, err, tc.want)
+					}
+				})
+			}
+		}
+	}
+	wg.Wait()
+	if _, err := lab.Host("client").Ask(t.Context(), "sctp", netip.Addr{}, netip.MustParseAddrPort("10.0.0.1:1"), patience); err == nil {
+		t.Error("SCTP was asked over no socket")
+	}
+}
+
+func TestSourceAndAddedAddress(t *testing.T) {
+	cfg := Default()
+	other := netip.MustParseAddr("192.168.101.20")
+	cfg.Clients[0].Addrs = append(cfg.Clients[0].Addrs, other)
+	lab := newLab(t, cfg)
+	vip := netip.MustParseAddr("203.0.113.7")
+	if err := lab.AddAddr("node1", vip); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lab.Host("node1").Serve("vip", "tcp", netip.AddrPortFrom(vip, 80)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := lab.Host("client").Ask(t.Context(), "tcp", other, netip.AddrPortFrom(vip, 80), patience)
+	if err != nil || got.Server != "vip" || got.Seen.Addr() != other {
+		t.Errorf("%v, %v", got, err)
+	}
+}
+
+func TestCommandsRunInside(t *testing.T) {
+	lab := newLab(t, Default())
+	ns := lab.Host("pod1")
+	want := ""
+	if err := ns.Do(func() (err error) { want, err = os.Readlink("/proc/thread-self/ns/net"); return }); err != nil {
+		t.Fatal(err)
+	}
+	got, err := ns.Run(t.Context(), "readlink", "/proc/self/ns/net")
+	if err != nil || strings.TrimSpace(got) != want {
+		t.Errorf("command ran in %q, want %q; %v", got, want, err)
+	}
+	outside, _ := os.Readlink("/proc/self/ns/net")
+	if outside == want {
+		t.Error("the pod is in the process's own namespace")
+	}
+	if _, err := ns.RunInput(t.Context(), "complaint", "sh", "-c", "cat >&2; exit 3"); err == nil || !strings.Contains(err.Error(), "complaint") {
+		t.Errorf("failing command: %v", err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := ns.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	lab.Close()
+	lab.Close()
+	if err := cmd.Wait(); err == nil {
+		t.Error("a command outlived its lab")
+	}
+}
+
+// TestNothingRemains: neither links nor files, after labs that were closed and
+// labs whose user panicked.
+func TestNothingRemains(t *testing.T) {
+	if err := Supported(); err != nil {
+		t.Skip("SKIPPED, needs network namespaces: ", err)
+	}
+	files := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	build := func() {
+		lab, err := New(Default())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = recover() }()
+		defer lab.Close()
+		if _, err := lab.Host("pod1").Serve("x", "tcp", netip.MustParseAddrPort("10.244.1.11:80")); err != nil {
+			t.Fatal(err)
+		}
+		panic("a test that fails")
+	}
+	build() // opens what the runtime keeps
+	before := files()
+	for range 3 {
+		build()
+	}
+	if after := files(); after > before {
+		t.Errorf("%d files open before, %d after", before, after)
+	}
+}
+
+func TestBadConfigs(t *testing.T) {
+	if err := Supported(); err != nil {
+		t.Skip("SKIPPED, needs network namespaces: ", err)
+	}
+	twice := Default()
+	twice.Clients = append(twice.Clients, HostSpec{Name: "pod1"})
+	same := Default()
+	same.Clients = append(same.Clients, HostSpec{Name: "other", Addrs: same.Clients[0].Addrs[:1]})
+	for name, cfg := range map[string]Config{"name twice": twice, "address twice": same} {
+		if lab, err := New(cfg); err == nil {
+			lab.Close()
+			t.Errorf("%s: no error", name)
+		}
+	}
+	lab := newLab(t, Default())
+	if err := lab.RouteVia(netip.MustParsePrefix("10.0.0.0/8"), "pod1"); err == nil {
+		t.Error("a route via a pod was accepted")
+	}
+	if err := lab.Host("pod1").Sysctl("net.ipv4.no_such_thing", "1"); err == nil {
+		t.Error("a sysctl that does not exist was set")
+	}
+}
+
+func Example() {
+	lab, err := New(Default())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer lab.Close()
+	if _, err := lab.Host("pod1").Serve("pod1", "tcp", netip.MustParseAddrPort("10.244.1.11:80")); err != nil {
+		fmt.Println(err)
+		return
+	}
+	a, err := lab.Host("client").Ask(context.Background(), "tcp", netip.Addr{}, netip.MustParseAddrPort("10.244.1.11:80"), time.Second)
+	fmt.Println(a.Server, a.Seen.Addr(), err)
+	// Without output here, since it needs privileges; the tests above say more.
+}
