@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// product is the Server header of our answers, by which one Sluice knows
-// another.
-const product = "sluice"
+// Product is the Server header of our answers, here and in pkg/debug, by which
+// one Sluice knows another.
+const Product = "sluice"
 
 // Peer is a service proxy that is alive on this node.
 type Peer struct {
@@ -54,13 +54,13 @@ func PeerProxy(ctx context.Context, healthzAddr, metricsAddr string) (Peer, bool
 	for _, addr := range dialable(metricsAddr) {
 		body, header, code := get(ctx, client, addr, "/proxyMode")
 		if mode := strings.TrimSpace(string(body)); code == http.StatusOK && knownMode(mode) {
-			return Peer{Sluice: header.Get("Server") == product, Mode: mode, Addr: addr}, true
+			return Peer{Sluice: header.Get("Server") == Product, Mode: mode, Addr: addr}, true
 		}
 	}
 	for _, addr := range dialable(healthzAddr) {
 		body, header, code := get(ctx, client, addr, "/healthz")
 		if (code == http.StatusOK || code == http.StatusServiceUnavailable) && isReport(body) {
-			return Peer{Sluice: header.Get("Server") == product, Addr: addr}, true
+			return Peer{Sluice: header.Get("Server") == Product, Addr: addr}, true
 		}
 	}
 	return Peer{}, false

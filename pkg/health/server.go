@@ -174,5 +174,5 @@ func setHeaders(w http.ResponseWriter) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Server", product)
+	h.Set("Server", Product)
 }
