@@ -4,6 +4,8 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+
+	logsapi "k8s.io/component-base/logs/api/v1"
 )
 
 // hotFields can be changed under a running agent, with everything below them. The
@@ -93,9 +95,12 @@ func diffValue(path string, a, b reflect.Value, changed *[]string) {
 	}
 }
 
-// sameLeaf compares by meaning: types that print themselves (a quantity, a
-// duration) keep private caches that must not count.
+// sameLeaf compares by meaning: a quantity keeps a private cache of its text, and
+// a flush frequency remembers whether it was written as a number.
 func sameLeaf(a, b reflect.Value) bool {
+	if d, ok := a.Interface().(logsapi.TimeOrMetaDuration); ok {
+		return d.Duration == b.Interface().(logsapi.TimeOrMetaDuration).Duration
+	}
 	if m, ok := a.Interface().(interface{ MarshalJSON() ([]byte, error) }); ok {
 		if a.Kind() == reflect.Pointer && (a.IsNil() || b.IsNil()) {
 			return a.IsNil() && b.IsNil()

@@ -30,39 +30,45 @@ var kubeProxyGates = map[string]bool{
 // it does not know; distributions pass the same gates to every component, so here
 // that is only worth a warning.
 func (c *Config) deriveGates(ps *problems) {
-	logging := loggingGates()
-	known := logging.GetAll()
+	logging, others, err := loggingGates(c.KubeProxy.FeatureGates)
+	if err != nil {
+		ps.add("featureGates", "%v", err)
+	}
 	c.FeatureGates = maps.Clone(kubeProxyGates)
-	toLogging := map[string]bool{}
-	for _, name := range sortedKeys(c.KubeProxy.FeatureGates) {
-		on := c.KubeProxy.FeatureGates[name]
-		_, isKubeProxys := kubeProxyGates[name]
-		_, isLoggings := known[featuregate.Feature(name)]
-		switch {
-		case isKubeProxys:
-			c.FeatureGates[name] = on
-		case isLoggings:
-			toLogging[name] = on
-		default:
-			c.warn("feature gate %s=%t has no effect here: ignored", name, on)
+	for _, name := range sortedKeys(others) {
+		if _, known := kubeProxyGates[name]; known {
+			c.FeatureGates[name] = others[name]
+		} else {
+			c.warn("feature gate %s=%t has no effect here: ignored", name, others[name])
 		}
 	}
 	if c.Mode == ModeIPVS && !c.FeatureGates[gateIPVS] {
 		c.warn("feature gate %s=false is ignored: mode ipvs was chosen and is always there", gateIPVS)
-	}
-	if err := logging.SetFromMap(toLogging); err != nil {
-		ps.add("featureGates", "%v", err)
 	}
 	for _, e := range logsapi.Validate(&c.KubeProxy.Logging, logging, field.NewPath("logging")) {
 		ps.add(e.Field, "%s", e.ErrorBody())
 	}
 }
 
-// loggingGates returns the gates of the logging library at their defaults.
-func loggingGates() featuregate.MutableVersionedFeatureGate {
+// loggingGates returns the gates of the logging library as they are set, and the
+// settings that are not for it.
+func loggingGates(set map[string]bool) (logging featuregate.FeatureGate, others map[string]bool, err error) {
 	gates := featuregate.NewFeatureGate()
 	if err := logsapi.AddFeatureGates(gates); err != nil {
 		panic("BUG: feature gates of logging are defined twice: " + err.Error())
 	}
-	return gates
+	known := gates.GetAll()
+	own := map[string]bool{}
+	others = map[string]bool{}
+	for name, on := range set {
+		if _, ok := known[featuregate.Feature(name)]; ok {
+			own[name] = on
+		} else {
+			others[name] = on
+		}
+	}
+	if len(own) > 0 {
+		err = gates.SetFromMap(own)
+	}
+	return gates, others, err
 }

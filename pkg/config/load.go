@@ -102,8 +102,11 @@ func (f *Flags) fromFlags(w *written) (*v1alpha1.KubeProxyConfiguration, implied
 		k.IPTables.MinSyncPeriod.Duration, k.NFTables.MinSyncPeriod.Duration = f.iptablesMin, f.iptablesMin
 		implied.iptables, implied.nftables = f.iptablesMin == 0, f.iptablesMin == 0
 	}
-	k.IPVS.SyncPeriod.Duration, k.IPVS.MinSyncPeriod.Duration = f.ipvsSync, f.ipvsMin
-	implied.ipvs = !f.changed("ipvs-min-sync-period") || f.ipvsMin == 0
+	k.IPVS.SyncPeriod.Duration = f.ipvsSync
+	if f.changed("ipvs-min-sync-period") { // else 0, as in a file; kube-proxy has iptables' second slip in
+		k.IPVS.MinSyncPeriod.Duration = f.ipvsMin
+		implied.ipvs = f.ipvsMin == 0
+	}
 
 	k.HealthzBindAddress = f.listener("healthz", k.HealthzBindAddress, f.healthzPort, w)
 	k.MetricsBindAddress = f.listener("metrics", k.MetricsBindAddress, f.metricsPort, w)

@@ -17,16 +17,9 @@ import (
 // one stream in the configured format, and returns a logger on it. slog.LevelDebug
 // is klog's verbosity 4. It may be called once in a process, before anything logs.
 func SetupLogging(c *Config) (*slog.Logger, error) {
-	gates := loggingGates()
-	known := gates.GetAll()
-	for name, on := range c.KubeProxy.FeatureGates {
-		for gate := range known {
-			if string(gate) == name {
-				if err := gates.SetFromMap(map[string]bool{name: on}); err != nil {
-					return nil, fmt.Errorf("set feature gate %s: %w", name, err)
-				}
-			}
-		}
+	gates, _, err := loggingGates(c.KubeProxy.FeatureGates)
+	if err != nil {
+		return nil, fmt.Errorf("set up logging: %w", err)
 	}
 	logs.InitLogs()
 	if err := logsapi.ValidateAndApply(&c.KubeProxy.Logging, gates); err != nil {

@@ -8,9 +8,12 @@ import "strings"
 func suggest(unknown string, known []string) string {
 	best, bestCost := "", 1000
 	name := lastElement(unknown)
+	if len(name) < 3 {
+		return ""
+	}
 	for _, candidate := range known {
 		cost := 2 * distance(strings.ToLower(name), strings.ToLower(lastElement(candidate)))
-		if cost > len(name)/2 || cost > 6 {
+		if cost > max(2, len(name)/2) || cost > 6 {
 			continue
 		}
 		if parent(candidate) != parent(unknown) {

@@ -1,0 +1,74 @@
+package config
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestNodePortAddresses(t *testing.T) {
+	all := NodePortFilter{All: true}
+	cidrs := func(list ...string) NodePortFilter {
+		var f NodePortFilter
+		for _, s := range list {
+			f.Prefixes = append(f.Prefixes, netip.MustParsePrefix(s))
+		}
+		return f
+	}
+	for _, tc := range []struct {
+		entries []string
+		v4, v6  NodePortFilter
+	}{
+		{nil, all, all},
+		{[]string{"all"}, all, all},
+		{[]string{"all", "primary", "10.0.0.0/8"}, all, all},
+		{[]string{"primary"}, NodePortFilter{Primary: true}, NodePortFilter{Primary: true}},
+		{[]string{"localhost"}, cidrs("127.0.0.0/8"), cidrs("::1/128")},
+		// What is said of one family says nothing of the other.
+		{[]string{"10.0.0.0/8"}, cidrs("10.0.0.0/8"), all},
+		{[]string{"fd00::/8"}, all, cidrs("fd00::/8")},
+		{[]string{"0.0.0.0/0", "fd00::/8"}, all, cidrs("fd00::/8")},
+		{[]string{"10.9.9.9/8", "10.0.0.0/8", "9.0.0.0/8", "fd00::/8"}, cidrs("9.0.0.0/8", "10.0.0.0/8"), cidrs("fd00::/8")},
+		{[]string{"primary", "localhost"},
+			NodePortFilter{Primary: true, Prefixes: cidrs("127.0.0.0/8").Prefixes},
+			NodePortFilter{Primary: true, Prefixes: cidrs("::1/128").Prefixes}},
+		{[]string{"::ffff:10.0.0.0/104"}, cidrs("10.0.0.0/8"), all},
+	} {
+		var ps problems
+		got := parseNodePortAddresses(tc.entries, &ps)
+		if len(ps) > 0 {
+			t.Errorf("%q: %v", tc.entries, ps)
+		}
+		if diff := cmp.Diff(NodePortAddresses{tc.v4, tc.v6}, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+			t.Errorf("%q (-want +got):\n%s", tc.entries, diff)
+		}
+	}
+}
+
+func TestNodePortFilterServes(t *testing.T) {
+	ip := netip.MustParseAddr
+	for _, tc := range []struct {
+		entries []string
+		addr    netip.Addr
+		primary netip.Addr
+		want    bool
+	}{
+		{nil, ip("127.0.0.1"), netip.Addr{}, true},
+		{[]string{"10.0.0.0/8"}, ip("10.1.1.1"), netip.Addr{}, true},
+		{[]string{"10.0.0.0/8"}, ip("127.0.0.1"), netip.Addr{}, false},
+		{[]string{"localhost"}, ip("127.9.9.9"), ip("10.0.0.1"), true},
+		{[]string{"localhost"}, ip("10.0.0.1"), ip("10.0.0.1"), false},
+		{[]string{"primary"}, ip("10.0.0.1"), ip("10.0.0.1"), true},
+		{[]string{"primary"}, ip("10.0.0.2"), ip("10.0.0.1"), false},
+		{[]string{"primary"}, ip("10.0.0.2"), netip.Addr{}, true},
+		{[]string{"primary"}, ip("10.0.0.2"), ip("127.0.0.1"), true},
+		{[]string{"primary", "localhost"}, ip("10.0.0.2"), netip.Addr{}, false},
+		{[]string{"primary", "10.0.0.2/32"}, ip("10.0.0.2"), ip("10.0.0.1"), true},
+	} {
+		var ps problems
+		if got := parseNodePortAddresses(tc.entries, &ps).IPv4.Serves(tc.addr, tc.primary); got != tc.want {
+			t.Errorf("%q: Serves(%s, %s) = %t", tc.entries, tc.addr, tc.primary, got)
+		}
+	}
+}
