@@ -96,8 +96,9 @@ func (s *Server) index(w http.ResponseWriter, _ *http.Request) {
 	b.WriteString(pageHead("This node"))
 	b.WriteString("<h1>Sluice</h1>")
 	s.indexSubtitle(&b)
-	s.indexCards(&b)
-	s.indexFamilies(&b)
+	totals := s.totals()
+	s.indexCards(&b, totals)
+	s.indexFamilies(&b, totals)
 	s.indexLinks(&b)
 	b.WriteString(pageFoot)
 	htmlHeaders(w)
@@ -128,7 +129,7 @@ func card(b *strings.Builder, figure, caption, class string) {
 	fmt.Fprintf(b, `<div class="card"><b class="%s">%s</b><span>%s</span></div>`, class, html.EscapeString(figure), html.EscapeString(caption))
 }
 
-func (s *Server) indexCards(b *strings.Builder) {
+func (s *Server) indexCards(b *strings.Builder, totals []totals) {
 	b.WriteString(`<div class="cards">`)
 	if s.opts.Health != nil {
 		if s.opts.Health().Healthy {
@@ -155,7 +156,7 @@ func (s *Server) indexCards(b *strings.Builder) {
 		}
 	}
 	aside, clashes := 0, 0
-	for _, t := range s.totals() {
+	for _, t := range totals {
 		aside += t.aside
 		clashes += t.clashes
 	}
@@ -171,8 +172,7 @@ func worse(n int) string {
 	return ""
 }
 
-func (s *Server) indexFamilies(b *strings.Builder) {
-	totals := s.totals()
+func (s *Server) indexFamilies(b *strings.Builder, totals []totals) {
 	if len(totals) == 0 {
 		return
 	}

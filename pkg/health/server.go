@@ -89,7 +89,9 @@ func (s *Server) QueuedUpdate(f model.Family) {
 	}
 }
 
-// Updated says that everything queued for a family is in force.
+// Updated says that everything queued for a family is in force. A change that
+// came while that was being done, and is not in it, must be queued again
+// afterwards, or nobody would notice if it got stuck.
 func (s *Server) Updated(f model.Family) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,9 +1,11 @@
 package metrics
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -111,7 +113,10 @@ func decodeAcct(payload []byte) (acctCounter, error) {
 	if len(payload) < nl.SizeofNfgenmsg {
 		return c, fmt.Errorf("decode nfacct object: %d bytes are too few", len(payload))
 	}
-	attrs, err := nl.ParseRouteAttr(payload[nl.SizeofNfgenmsg:])
+	// ParseRouteAttr steps over the padding after the last attribute, which must
+	// be there then.
+	raw := slices.Concat(payload[nl.SizeofNfgenmsg:], make([]byte, -len(payload)&3))
+	attrs, err := nl.ParseRouteAttr(raw)
 	if err != nil {
 		return c, fmt.Errorf("decode nfacct object: %w", err)
 	}
@@ -120,7 +125,8 @@ func decodeAcct(payload []byte) (acctCounter, error) {
 		kind := a.Attr.Type & nl.NLA_TYPE_MASK
 		switch kind {
 		case nfacctName:
-			c.Name = nl.BytesToString(a.Value)
+			name, _, _ := bytes.Cut(a.Value, []byte{0})
+			c.Name = string(name)
 		case nfacctPkts, nfacctBytes:
 			if len(a.Value) != 8 {
 				return c, fmt.Errorf("decode nfacct object: attribute %d has %d bytes, not 8", kind, len(a.Value))

@@ -75,6 +75,18 @@ func TestDecodeAcct(t *testing.T) {
 	}
 }
 
+// Attributes are padded to four bytes, the last one need not be; and a name's
+// zero may be missing.
+func TestDecodeAcctWithoutPaddingOrZero(t *testing.T) {
+	skipOnBigEndian(t)
+	got, err := decodeAcct([]byte{0, 0, 0, 0,
+		12, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 9,
+		5, 0, 1, 0, 'p'})
+	if want := (acctCounter{Name: "p", Packets: 9}); err != nil || got != want {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+}
+
 func TestDecodeAcctRefusesNonsense(t *testing.T) {
 	skipOnBigEndian(t)
 	for name, b := range map[string][]byte{
