@@ -158,6 +158,10 @@ func TestCleanerAudits(t *testing.T) {
 		synctest.Wait()
 		expect(t, "late flow", r.table.Flows(), toTwo, alien)
 		r.after(t, p.set())
+		time.Sleep(restMost)
+		r.after(t, p.set(udp("b", 3).at("10.96.0.9"))) // a run that is no audit
+		time.Sleep(restMost)
+		r.after(t, p.set())
 		r.table.Add(toOne)
 		time.Sleep(61 * time.Second)
 		synctest.Wait()
@@ -207,5 +211,26 @@ func TestCleanerForgetsSlowly(t *testing.T) {
 	}
 	if _, ok := c.todo[Frontend{model.UDP, netip.MustParseAddr("10.96.0.1"), 53}]; !ok {
 		t.Error("a frontend in force was forgotten")
+	}
+}
+
+// batches notes how many flows are deleted at once.
+type batches struct {
+	*Fake
+	sizes []int
+}
+
+func (b *batches) Delete(ctx context.Context, flows []Flow) (int, error) {
+	b.sizes = append(b.sizes, len(flows))
+	return b.Fake.Delete(ctx, flows)
+}
+
+// TestCleanerDeletesInBatches: the flows of a busy sender are not all held in
+// memory.
+func TestCleanerDeletesInBatches(t *testing.T) {
+	table := &batches{Fake: NewFake(spread(deleteAtOnce+10, "10.96.0.1:53", "10.244.0.1:5353")...)}
+	settle(t, NewCleaner(model.IPv4, table, Options{}), planner(model.IPv4).set(udp("a", 2)))
+	if !slices.Equal(table.sizes, []int{deleteAtOnce, 10}) || len(table.Flows()) != 0 {
+		t.Errorf("deleted %v at a time and left %d, want %d and 10, and none", table.sizes, len(table.Flows()), deleteAtOnce)
 	}
 }

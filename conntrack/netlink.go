@@ -89,6 +89,10 @@ const (
 // what the kernel lets through is checked again, because older ones ignore the
 // filter without a word.
 func (k *Kernel) List(ctx context.Context, family model.Family, want []Frontend, visit func(*Flow)) error {
+	works, err := k.probe(family)
+	if err != nil {
+		return err
+	}
 	s, err := open()
 	if err != nil {
 		return err
@@ -97,10 +101,6 @@ func (k *Kernel) List(ctx context.Context, family model.Family, want []Frontend,
 	asked := make(map[Frontend]struct{}, len(want))
 	for _, f := range want {
 		asked[f] = struct{}{}
-	}
-	works, err := k.probe(s, family)
-	if err != nil {
-		return err
 	}
 	checked := func(f *Flow) {
 		if _, ok := asked[Frontend{f.Protocol, f.Dst.Addr(), f.Dst.Port()}]; !ok {
@@ -141,24 +141,25 @@ func dumps(want map[Frontend]struct{}, filterWorks bool) []filter {
 	if !filterWorks {
 		return []filter{{}}
 	}
-	seen := map[filter]struct{}{}
+	single, protocols := map[filter]struct{}{}, map[filter]struct{}{}
 	for f := range want {
-		one := filter{protocol: f.Protocol}
-		if len(want) <= askSingly {
-			one.port = f.Port
-			if f.Addr.Is4() {
-				one.addr = f.Addr
-			}
+		one := filter{protocol: f.Protocol, port: f.Port}
+		if f.Addr.Is4() {
+			one.addr = f.Addr
 		}
-		seen[one] = struct{}{}
+		single[one] = struct{}{}
+		protocols[filter{protocol: f.Protocol}] = struct{}{}
 	}
-	return slices.Collect(maps.Keys(seen))
+	if len(single) <= askSingly {
+		return slices.Collect(maps.Keys(single))
+	}
+	return slices.Collect(maps.Keys(protocols))
 }
 
 // probe finds out once whether the kernel heeds CTA_FILTER: one that does
 // refuses a filter that refers to a tuple that is not there; one that does not
 // starts to dump, which closing the socket ends.
-func (k *Kernel) probe(s *socket, family model.Family) (bool, error) {
+func (k *Kernel) probe(family model.Family) (bool, error) {
 	if v := k.filter.Load(); v != filterUnknown {
 		return v == filterWorks, nil
 	}

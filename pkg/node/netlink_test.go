@@ -210,3 +210,37 @@ func dropped(t *testing.T) bool {
 	}
 	return false
 }
+
+// TestSysctlsOnKernel: in a namespace of its own some settings can be written
+// and nf_conntrack_max cannot; that is one error, and the rest is done.
+func TestSysctlsOnKernel(t *testing.T) {
+	inNamespace(t)
+	s := System{}
+	if _, err := s.ReadInt(nf + "tcp_timeout_close_wait"); err != nil {
+		t.Skipf("SKIPPED: no conntrack here: %v", err)
+	}
+	limit, err := s.ReadInt(nf + "max")
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := defaults()
+	settings.Min = limit + 1
+	settings.UDPTimeout = 45 * time.Second
+	var changes []Change
+	for _, c := range append(ConntrackSysctls(settings, 1, s.ReadInt), NetworkSysctls(Network{LocalhostNodePorts: true}, s.ReadInt)...) {
+		if c.Path != hashsize { // the host's, not the namespace's
+			changes = append(changes, c)
+		}
+	}
+	if errs := s.Apply(changes); len(errs) != 1 || !strings.Contains(errs[0].Error(), "nf_conntrack_max") {
+		t.Errorf("errors %v, want one about nf_conntrack_max", errs)
+	}
+	for name, want := range map[string]int{
+		nf + "tcp_timeout_established": 86400, nf + "tcp_timeout_close_wait": 3600, nf + "udp_timeout": 45,
+		"proc/sys/net/ipv4/conf/all/route_localnet": 1,
+	} {
+		if n, err := s.ReadInt(name); n != want || err != nil {
+			t.Errorf("%s is %d, %v; want %d", name, n, err, want)
+		}
+	}
+}
