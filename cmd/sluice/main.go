@@ -155,5 +155,8 @@ func writeConfig(cfg *config.Config, log *slog.Logger) error {
 		return fmt.Errorf("write configuration: %w", err)
 	}
 	log.Info("Wrote configuration", "file", cfg.WriteConfigTo)
+	if cfg.HealthzAddr == "" || cfg.MetricsAddr == "" {
+		log.Warn("A file cannot turn a listener off: with it, the one that a flag turned off listens on its default address", "file", cfg.WriteConfigTo)
+	}
 	return nil
 }

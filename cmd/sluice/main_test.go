@@ -72,7 +72,8 @@ var fakeActions = actions{
 
 func program(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
-	cmd.Env = append(os.Environ(), asProgram+"=1")
+	// Under the race detector a process waits a second before it exits.
+	cmd.Env = append(os.Environ(), asProgram+"=1", "GORACE=atexit_sleep_ms=0")
 	return cmd
 }
 
@@ -183,6 +184,9 @@ func TestWriteConfigTo(t *testing.T) {
 	}
 	if stdout, stderr, status := runProgram(t, "--config="+path); status != 0 || stdout != "run nftables\n" || stderr != "" {
 		t.Errorf("with the file: status %d, stdout %q, stderr %q", status, stdout, stderr)
+	}
+	if _, stderr, _ := runProgram(t, "--metrics-bind-address=", "--write-config-to="+path); !strings.Contains(stderr, "cannot turn a listener off") {
+		t.Errorf("without a metrics server: stderr %q", stderr)
 	}
 	if _, stderr, status := runProgram(t, "--mode=nftables", "--write-config-to=/nonexistent/f"); status != 1 || !strings.Contains(stderr, "write configuration") {
 		t.Errorf("to nowhere: status %d, stderr %q", status, stderr)
