@@ -1,0 +1,163 @@
+package xtables
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+// lockWait is how long one iptables program waits for the xtables lock. The
+// nft variant has no such lock and accepts the flag.
+const lockWait = "5"
+
+// lockTries is how often a restore is tried when the lock stays taken.
+const lockTries = 4
+
+// exitLocked is what iptables programs exit with when they do not get the lock,
+// or when the kernel says EAGAIN (libxtables RESOURCE_PROBLEM).
+const exitLocked = 4
+
+// Stats is told what restores cost. Any field may be nil.
+type Stats struct {
+	Restored func(bytes int64)     // a payload was restored
+	Waited   func(d time.Duration) // a restore had to be tried again for the lock
+	Failed   func()                // a restore failed for another reason
+}
+
+// Runner runs one variant's programs for one family.
+type Runner struct {
+	Programs
+	Stats Stats
+}
+
+// RestoreError is a payload that iptables-restore refused.
+type RestoreError struct {
+	Output string // what the program said
+	Err    error
+}
+
+func (e *RestoreError) Error() string {
+	out := strings.Join(strings.Fields(e.Output), " ")
+	if len(out) > 400 {
+		out = out[:400] + "..."
+	}
+	return fmt.Sprintf("iptables-restore: %v: %s", e.Err, out)
+}
+
+func (e *RestoreError) Unwrap() error { return e.Err }
+
+// Restore feeds what write writes to iptables-restore --noflush: one
+// transaction per table, chains that are not named stay as they are. While
+// another program holds the xtables lock it waits and tries again, with jitter,
+// calling write once more for each try. The error is a *RestoreError if the
+// program refused the payload.
+func (r *Runner) Restore(ctx context.Context, write func(w *bufio.Writer)) error {
+	for try := 1; ; try++ {
+		start := time.Now()
+		err := r.restoreOnce(ctx, write)
+		var exit *exec.ExitError
+		if err == nil || ctx.Err() != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		if !errors.As(err, &exit) || exit.ExitCode() != exitLocked || try == lockTries {
+			if r.Stats.Failed != nil {
+				r.Stats.Failed()
+			}
+			return err
+		}
+		if r.Stats.Waited != nil {
+			r.Stats.Waited(time.Since(start))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Duration(50+rand.IntN(200)) * time.Millisecond):
+		}
+	}
+}
+
+func (r *Runner) restoreOnce(ctx context.Context, write func(w *bufio.Writer)) error {
+	cmd := command(ctx, r.Programs.Restore, "-w", lockWait, "--noflush")
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return fmt.Errorf("start iptables-restore: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start iptables-restore: %w", err)
+	}
+	count := &counter{w: stdin}
+	buf := bufio.NewWriterSize(count, 64<<10)
+	write(buf)
+	// A program that gives up early closes the pipe; its own words matter then.
+	_ = buf.Flush()
+	_ = stdin.Close()
+	if err := cmd.Wait(); err != nil {
+		return &RestoreError{Output: output.String(), Err: err}
+	}
+	if r.Stats.Restored != nil {
+		r.Stats.Restored(count.n)
+	}
+	return nil
+}
+
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// Chain is a chain of a table as iptables-save prints it.
+type Chain struct {
+	Name    string
+	Builtin bool
+}
+
+// Save streams one table. rule gets each line's chain and the text behind
+// "-A CHAIN "; the strings are valid only during the call. A table that does
+// not exist is empty.
+func (r *Runner) Save(ctx context.Context, table string, chain func(Chain), rule func(chain, text []byte)) error {
+	cmd := command(ctx, r.Programs.Save, "-t", table)
+	var errout bytes.Buffer
+	cmd.Stderr = &errout
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return fmt.Errorf("start iptables-save: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start iptables-save: %w", err)
+	}
+	scan := bufio.NewScanner(stdout)
+	scan.Buffer(make([]byte, 64<<10), 1<<20)
+	for scan.Scan() {
+		line := scan.Bytes()
+		switch {
+		case bytes.HasPrefix(line, []byte(":")):
+			name, rest, _ := bytes.Cut(line[1:], []byte(" "))
+			chain(Chain{Name: string(name), Builtin: !bytes.HasPrefix(rest, []byte("-"))})
+		case bytes.HasPrefix(line, []byte("-A ")):
+			name, text, _ := bytes.Cut(line[3:], []byte(" "))
+			rule(name, text)
+		}
+	}
+	if err := errors.Join(scan.Err(), cmd.Wait()); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("read table %s: %w: %s", table, err, strings.TrimSpace(errout.String()))
+	}
+	return nil
+}

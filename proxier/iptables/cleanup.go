@@ -1,0 +1,98 @@
+package iptables
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+)
+
+// leftovers are what Cleanup removes of one table.
+type leftovers struct {
+	jumps []jump   // rules of built-in chains that lead to ours
+	gone  []string // chains of ours
+}
+
+// Cleanup removes the chains of this proxier and of kube-proxy's iptables mode,
+// and the jumps into them. KUBE-FIREWALL is the kubelet's too and stays; so does
+// a chain that somebody else's rule jumps to (a host port plugin may use
+// KUBE-MARK-MASQ).
+func (x *Proxier) Cleanup(ctx context.Context) error {
+	x.Forget()
+	run := xtables.Runner{Programs: x.o.Programs, Stats: x.o.Stats}
+	var errs []error
+	for _, table := range []string{tableFilter, tableNAT, "mangle"} {
+		left, err := findLeftovers(ctx, &run, table)
+		if err == nil && len(left.jumps)+len(left.gone) > 0 {
+			err = run.Restore(ctx, func(w *bufio.Writer) { left.write(w, table) })
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("clean up table %s: %w", table, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func findLeftovers(ctx context.Context, run *xtables.Runner, table string) (leftovers, error) {
+	var left leftovers
+	builtin := map[string]bool{}
+	var chains []string
+	needed := map[string]bool{} // by rules that are not ours
+	err := run.Save(ctx, table, func(c xtables.Chain) {
+		if c.Builtin {
+			builtin[c.Name] = true
+		} else if removable(table, c.Name) {
+			chains = append(chains, c.Name)
+		}
+	}, func(name, text []byte) {
+		from, to := string(name), jumpTarget(string(text))
+		switch {
+		case !removable(table, to) || removable(table, from):
+		case builtin[from]:
+			left.jumps = append(left.jumps, jump{table, from, string(bytes.Clone(text))})
+		default:
+			needed[to] = true
+		}
+	})
+	for _, c := range chains {
+		if !needed[c] {
+			left.gone = append(left.gone, c)
+		}
+	}
+	return left, err
+}
+
+// removable says whether a chain is one that Cleanup may remove. The canaries
+// are kube-proxy's; this proxier needs none.
+func removable(table, name string) bool {
+	return name == chainCanary || table != "mangle" && ours(table, name)
+}
+
+func (l leftovers) write(w *bufio.Writer, table string) {
+	_, _ = w.WriteString("*" + table + "\n")
+	for _, j := range l.jumps {
+		_, _ = w.WriteString("-D " + j.from + " " + j.text + "\n")
+	}
+	for _, c := range l.gone {
+		_, _ = w.WriteString(":" + c + " - [0:0]\n")
+	}
+	for _, c := range l.gone {
+		_, _ = w.WriteString("-X " + c + "\n")
+	}
+	_, _ = w.WriteString("COMMIT\n")
+}
+
+// jumpTarget returns the chain or target that a rule's text jumps or goes to. No
+// comment that this package or kube-proxy writes contains " -j " or " -g ".
+func jumpTarget(text string) string {
+	i := max(strings.LastIndex(text, "-j "), strings.LastIndex(text, "-g "))
+	if i < 0 || i > 0 && text[i-1] != ' ' {
+		return ""
+	}
+	to, _, _ := strings.Cut(text[i+3:], " ")
+	return to
+}

@@ -1,0 +1,452 @@
+// Package iptables forwards Service traffic by iptables chains, with
+// kube-proxy's names and semantics. It knows plans; it does not know where they
+// come from, nor how the iptables programs are run (proxier/internal/xtables).
+//
+// compile.go turns a plan into chains, dispatch.go finds a connection's chain
+// among many, base.go has what does not depend on Services, kernel.go acts,
+// and this file decides what must be written.
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+)
+
+// Options are a proxier's settings. They do not change in its life.
+type Options struct {
+	Family        model.Family
+	Programs      xtables.Programs
+	MasqueradeBit int      // bit of the packet mark, 0 to 31
+	Detector      Detector // must agree with Facts.DetectLocal
+	RandomFully   bool     // MASQUERADE --random-fully; iptables >= 1.6.2
+	AcceptInvalid bool     // do not drop packets that conntrack calls invalid
+	NFAcct        bool     // the kernel has the two nfacct counters
+
+	Report proxier.Reporter // may be nil
+	Stats  xtables.Stats
+	// Rules, if not nil, is told after each write how many rules a table has of
+	// ours and how many were written.
+	Rules func(table string, total, written int)
+}
+
+// retryAside is how long a Service whose rules the kernel refused waits until
+// it is tried again unchanged.
+const retryAside = time.Minute
+
+// Proxier is the iptables proxier of one family.
+type Proxier struct {
+	o      Options
+	kernel kernel
+	now    func() time.Time
+
+	// What the kernel is believed to have; nil applied means that nothing is
+	// known and must be read first.
+	applied *plan.Set
+	forest  forest
+	token   string
+	total   map[string]int // rules of ours, by table
+	aside   map[model.PortKey]aside
+	told    map[model.PortKey]bool // refusals that have been reported and not taken back
+
+	written bool // this process has written: what it finds changed is drift
+	odd     map[tableRef]oddity
+
+	verified   time.Time
+	verifyCost time.Duration
+}
+
+// aside is a plan that the kernel refused.
+type aside struct {
+	plan  *plan.Plan
+	since time.Time
+}
+
+var _ proxier.Proxier = (*Proxier)(nil)
+
+// New returns a proxier. It touches nothing until Sync.
+func New(o Options) *Proxier {
+	return newProxier(o, newXTKernel(o.Programs, o.Stats))
+}
+
+func newProxier(o Options, k kernel) *Proxier {
+	if o.Report == nil {
+		o.Report = silent{}
+	}
+	return &Proxier{o: o, kernel: k, now: time.Now, aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, odd: map[tableRef]oddity{}}
+}
+
+type silent struct{}
+
+func (silent) SetAside(model.PortKey, error) {}
+func (silent) DriftRepaired(string, int)     {}
+
+// Forget drops what is believed about the kernel. The next Sync reads it.
+func (x *Proxier) Forget() {
+	x.applied = nil
+	x.written = false
+}
+
+// Sync makes the tables equal to want. See proxier.Proxier.
+func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
+	err := x.sync(ctx, want)
+	if err == nil {
+		x.takeBack()
+	}
+	return err
+}
+
+func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
+	if x.applied != nil && newCompiler(&x.o, x.applied).localhostNodePorts() != newCompiler(&x.o, want).localhostNodePorts() {
+		x.Forget() // other jumps are wanted, and which are there must be read
+	}
+	if x.applied != nil {
+		err := x.syncChanges(ctx, want)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		// Part of the change may be in force: start over from what is there. If a
+		// Service is to blame it is found there.
+		x.Forget()
+	}
+	return x.syncAll(ctx, want)
+}
+
+// takeBack reports refusals that do not hold any more.
+func (x *Proxier) takeBack() {
+	for key := range x.told {
+		if _, still := x.aside[key]; !still {
+			delete(x.told, key)
+			x.o.Report.SetAside(key, nil)
+		}
+	}
+}
+
+// keep leaves out plans that were set aside and are not due again.
+func (x *Proxier) keep(p *plan.Plan) bool {
+	a, ok := x.aside[p.PortKey]
+	return !ok || a.plan != p
+}
+
+// readmit forgets refusals that are due for another try, or whose plan is gone
+// or different now. It returns the plans to try again.
+func (x *Proxier) readmit(want *plan.Set) []*plan.Plan {
+	var again []*plan.Plan
+	for key, a := range x.aside {
+		switch p := want.Get(key); {
+		case p != a.plan:
+			delete(x.aside, key)
+		case x.now().Sub(a.since) >= retryAside:
+			delete(x.aside, key)
+			again = append(again, p)
+		}
+	}
+	return again
+}
+
+// syncChanges writes the difference between the last applied Set and want.
+func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
+	was, is := newCompiler(&x.o, x.applied), newCompiler(&x.o, want)
+	had := maps.Clone(x.aside)
+	again := x.readmit(want)
+	d := newDifference()
+	wasCompiled := func(p *plan.Plan) bool { a, ok := had[p.PortKey]; return !ok || a.plan != p }
+	step := func(old, new *plan.Plan) {
+		var a, b ruleset
+		if old != nil && wasCompiled(old) {
+			a = was.compile(old)
+		}
+		if new != nil && x.keep(new) {
+			b = is.compile(new)
+		}
+		d.replace(a, b)
+	}
+	if was != is {
+		// Facts or form changed: every plan may compile to something else.
+		for p := range x.applied.All {
+			if want.Get(p.PortKey) == nil {
+				step(p, nil)
+			}
+		}
+		for p := range want.All {
+			step(x.applied.Get(p.PortKey), p)
+		}
+	} else {
+		plan.Changes(x.applied, want, func(old, new *plan.Plan) bool { step(old, new); return true })
+		for _, p := range again {
+			d.replace(ruleset{}, is.compile(p))
+		}
+	}
+	next := d.plant(x.forest)
+	if was != is {
+		d.compare(x.forest, next, was, is, nil)
+		d.compareBase(was.base(&x.o), is.base(&x.o))
+	} else {
+		d.compare(x.forest, next, was, is, &d.keys)
+	}
+	ch := d.change()
+	if err := x.kernel.apply(ctx, ch); err != nil {
+		return err
+	}
+	x.believe(want, next, !ch.empty())
+	if !ch.empty() {
+		for table, n := range d.grown {
+			x.total[table] += n
+		}
+		x.countRules(x.total, d.wrote)
+	}
+	return nil
+}
+
+// believe records what is in force now.
+func (x *Proxier) believe(want *plan.Set, f forest, wrote bool) {
+	if wrote || x.token == "" {
+		x.token, _ = x.kernel.token()
+	}
+	x.applied, x.forest, x.written = want, f, true
+}
+
+// syncAll reads the tables and writes what differs from want.
+func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
+	x.readmit(want)
+	have, err := x.read(ctx)
+	if err != nil {
+		return err
+	}
+	if len(have.chains) == 0 && want.Len() > 0 {
+		// A new node: what everything else needs comes first.
+		if have, err = x.serveImportant(ctx, want, have); err != nil {
+			return err
+		}
+	}
+	err = x.applyAll(ctx, want, have, x.keep)
+	var refused *xtables.RestoreError
+	if errors.As(err, &refused) && ctx.Err() == nil {
+		err = x.applyWithoutCulprits(ctx, want, err)
+	}
+	return err
+}
+
+// read reads the tables, and remembers what that cost and which state it saw:
+// a change by somebody else from now on is noticed.
+func (x *Proxier) read(ctx context.Context) (*actual, error) {
+	start := x.now()
+	x.token, _ = x.kernel.token()
+	have, err := x.kernel.read(ctx)
+	x.verified = x.now()
+	x.verifyCost = x.verified.Sub(start)
+	return have, err
+}
+
+// serveImportant programs the important Services on a node that has no rules of
+// ours yet. A refusal is left to the full load, which finds the culprit.
+func (x *Proxier) serveImportant(ctx context.Context, want *plan.Set, have *actual) (*actual, error) {
+	err := x.applyAll(ctx, want, have, func(p *plan.Plan) bool { return p.Important })
+	x.Forget()
+	if ctx.Err() != nil {
+		return nil, err
+	}
+	return x.read(ctx)
+}
+
+func (x *Proxier) applyWithoutCulprits(ctx context.Context, want *plan.Set, refusal error) error {
+	culprits := x.culprits(ctx, want)
+	if len(culprits) == 0 {
+		return refusal
+	}
+	for p, why := range culprits {
+		x.aside[p.PortKey] = aside{p, x.now()}
+		x.told[p.PortKey] = true
+		x.o.Report.SetAside(p.PortKey, why)
+	}
+	have, err := x.read(ctx)
+	if err != nil {
+		return err
+	}
+	return x.applyAll(ctx, want, have, x.keep)
+}
+
+// applyAll writes every chain of the plans that keep keeps which the kernel does
+// not have as it should be, and removes chains of ours that nothing wants.
+func (x *Proxier) applyAll(ctx context.Context, want *plan.Set, have *actual, keep func(*plan.Plan) bool) error {
+	c := newCompiler(&x.o, want)
+	var f forest
+	var total, differs map[string]int
+	seen := make(map[tableRef]bool, len(have.chains))
+	diff := func(emit func(tableChain)) {
+		total, differs = map[string]int{}, map[string]int{}
+		f = c.everything(want, &x.o, keep, func(ch tableChain) {
+			ref := tableRef{ch.table, ch.name}
+			seen[ref] = true
+			total[ch.table] += len(ch.rules)
+			if h, ok := have.chains[ref]; !ok || !x.reads(ref, h, ch.rules) {
+				differs[ch.table] += len(ch.rules) + 1
+				emit(ch)
+			}
+		})
+	}
+	// Compiling twice costs less than holding everything: the first pass counts.
+	var changed []tableRef
+	diff(func(ch tableChain) { changed = append(changed, tableRef{ch.table, ch.name}) })
+	ch := x.changeAll(c, have, seen)
+	if len(changed) > 0 {
+		ch.stream = diff
+	}
+	if err := x.kernel.apply(ctx, ch); err != nil {
+		return err
+	}
+	drift := x.written && !ch.empty()
+	x.believe(want, f, !ch.empty())
+	x.total = total
+	x.countRules(total, differs)
+	if !drift {
+		return nil
+	}
+	x.report("chain", len(changed)+len(ch.del))
+	x.report("jump", len(ch.jumps)+len(ch.append))
+	return x.learnOdd(ctx, c, want, changed)
+}
+
+// changeAll is what a full comparison finds besides chains to write.
+func (x *Proxier) changeAll(c compiler, have *actual, wanted map[tableRef]bool) *change {
+	ch := &change{}
+	for ref := range have.chains {
+		if !wanted[ref] {
+			ch.del = append(ch.del, ref)
+		}
+	}
+	sortRefs(ch.del)
+	for _, j := range c.jumps() {
+		if !have.rules[tableRef{j.table, j.from}][j.text] {
+			ch.jumps = append(ch.jumps, j)
+		}
+	}
+	if martian, ok := c.martianRule(); ok && !have.rules[tableRef{tableFilter, chainFirewall}][martian] {
+		ch.append = append(ch.append, tableChain{tableFilter, chain{chainFirewall, []string{martian}}})
+	}
+	return ch
+}
+
+func (x *Proxier) countRules(total, last map[string]int) {
+	if x.o.Rules == nil {
+		return
+	}
+	for _, table := range []string{tableFilter, tableNAT} {
+		x.o.Rules(table, total[table], last[table])
+	}
+}
+
+func (x *Proxier) report(object string, n int) {
+	if n > 0 {
+		x.o.Report.DriftRepaired(object, n)
+	}
+}
+
+// oddity is a chain that reads back differently than it was written.
+type oddity struct{ reads, written uint64 }
+
+// learnOdd reads back chains that were just repaired. Another version of
+// iptables may print a rule differently than we write it; without this such a
+// chain would be repaired for ever.
+func (x *Proxier) learnOdd(ctx context.Context, c compiler, want *plan.Set, changed []tableRef) error {
+	token := x.token
+	have, err := x.kernel.read(ctx)
+	if err != nil {
+		return err
+	}
+	if now, ok := x.kernel.token(); !ok || now != token {
+		return nil // somebody else wrote: nothing can be learnt
+	}
+	repaired := make(map[tableRef]bool, len(changed))
+	for _, ref := range changed {
+		repaired[ref] = true
+	}
+	c.everything(want, &x.o, x.keep, func(ch tableChain) {
+		ref := tableRef{ch.table, ch.name}
+		if h, ok := have.chains[ref]; ok && repaired[ref] && h != hashRules(ch.rules) {
+			x.odd[ref] = oddity{h, hashRules(ch.rules)}
+		}
+	})
+	return nil
+}
+
+// reads says whether a chain that reads back with hash h holds rules.
+func (x *Proxier) reads(ref tableRef, h uint64, rules []string) bool {
+	w := hashRules(rules)
+	return h == w || x.odd[ref] == oddity{h, w}
+}
+
+// culprits finds the plans whose rules the kernel refuses, by trying halves.
+func (x *Proxier) culprits(ctx context.Context, want *plan.Set) map[*plan.Plan]error {
+	c := newCompiler(&x.o, want)
+	var all []*plan.Plan
+	for p := range want.All {
+		if x.keep(p) {
+			all = append(all, p)
+		}
+	}
+	bad := map[*plan.Plan]error{}
+	var search func([]*plan.Plan)
+	search = func(list []*plan.Plan) {
+		if len(list) == 0 || ctx.Err() != nil {
+			return
+		}
+		err := x.kernel.try(ctx, c.trial(list))
+		switch {
+		case err == nil:
+		case len(list) == 1:
+			bad[list[0]] = fmt.Errorf("the kernel refuses its rules: %w", err)
+		default:
+			search(list[:len(list)/2])
+			search(list[len(list)/2:])
+		}
+	}
+	search(all)
+	if len(bad) == len(all) {
+		return nil // everything is refused: no Service is to blame
+	}
+	return bad
+}
+
+// trial gives all rules of some plans as if they stood in one chain.
+func (c compiler) trial(list []*plan.Plan) []tableChain {
+	var out []tableChain
+	for _, p := range list {
+		rs := c.compile(p)
+		for _, ch := range rs.chains {
+			out = append(out, tableChain{tableNAT, ch})
+		}
+		for _, e := range rs.entries {
+			out = append(out, tableChain{treeSpecs[e.tree].table, chain{rules: []string{e.text}}})
+		}
+	}
+	return out
+}
+
+// checkShare bounds what verification may cost: one part in checkShare of the
+// time. Other users of the tables cause a verification with every change.
+const checkShare = 20
+
+// Check looks, at next to no cost, whether somebody changed the tables since the
+// last Sync; if so it verifies them and repairs what is ours. With force it
+// verifies in any case. It says whether it verified. It does nothing before the
+// first Sync.
+func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
+	if x.applied == nil {
+		return false, nil
+	}
+	if !force {
+		token, ok := x.kernel.token()
+		if !ok || token == x.token || x.now().Sub(x.verified) < checkShare*x.verifyCost {
+			return false, nil
+		}
+	}
+	return true, x.syncAll(ctx, x.applied)
+}
