@@ -37,6 +37,7 @@ type apiObject interface {
 type fakeAPI struct {
 	addr string
 	http *httptest.Server
+	down chan struct{} // closed by stop: every watch ends
 
 	mu        sync.Mutex
 	version   uint64
@@ -73,12 +74,23 @@ func (f *fakeAPI) start(t *testing.T) {
 		return err == nil
 	})
 	f.addr = l.Addr().String()
+	down := make(chan struct{})
+	f.mu.Lock()
+	f.down = down
+	f.mu.Unlock()
 	f.http = &httptest.Server{Listener: l, Config: &http.Server{Handler: f}}
 	f.http.Start()
 }
 
 // stop breaks every connection and refuses new ones.
 func (f *fakeAPI) stop() {
+	f.mu.Lock()
+	select {
+	case <-f.down:
+	default:
+		close(f.down)
+	}
+	f.mu.Unlock()
 	f.http.CloseClientConnections()
 	f.http.Close()
 }
@@ -240,6 +252,7 @@ func (f *fakeAPI) watch(w http.ResponseWriter, r *http.Request, resource string,
 	q := r.URL.Query()
 	after, _ := strconv.ParseUint(q.Get("resourceVersion"), 10, 64)
 	f.mu.Lock()
+	down := f.down
 	if q.Get("sendInitialEvents") == "true" {
 		for _, o := range f.objects[resource] {
 			if matches(o) {
@@ -276,6 +289,8 @@ func (f *fakeAPI) watch(w http.ResponseWriter, r *http.Request, resource string,
 		select {
 		case <-wait:
 		case <-r.Context().Done():
+			return
+		case <-down:
 			return
 		}
 	}

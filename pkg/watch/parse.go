@@ -59,7 +59,7 @@ func parseManifests(data []byte) (*parsed, error) {
 			return p, nil
 		}
 		if err != nil {
-			return nil, yamlError(err)
+			return nil, within(yamlError(err), data)
 		}
 		if err := p.document(&doc, 0); err != nil {
 			return nil, err
@@ -74,7 +74,7 @@ var parserError = regexp.MustCompile(`^did not find expected (',' or|key|'-'|nod
 var yamlLine = regexp.MustCompile(`^(?:yaml: )?line (\d+): `)
 
 // yamlError takes the line number out of the yaml package's message.
-func yamlError(err error) error {
+func yamlError(err error) *parseError {
 	text := strings.TrimPrefix(err.Error(), "yaml: ")
 	line := 1
 	if m := yamlLine.FindStringSubmatch(text); m != nil {
@@ -87,6 +87,14 @@ func yamlError(err error) error {
 		}
 	}
 	return &parseError{line, text}
+}
+
+// within brings the line of an error at the end of a file, which the yaml
+// package counts as one more, back into the file.
+func within(e *parseError, data []byte) error {
+	last := bytes.Count(bytes.TrimRight(data, "\n"), []byte("\n")) + 1
+	e.line = min(e.line, last)
+	return e
 }
 
 // document takes one document, or one item of a List.
