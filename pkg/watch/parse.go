@@ -35,6 +35,8 @@ type parsed struct {
 	objects  []manifest
 	warnings []note         // unknown or repeated fields
 	ignored  map[string]int // kinds that are not used, and a line where
+
+	maxNodes int // of all documents together, aliases followed
 }
 
 // parseError is why a manifest file cannot be used.
@@ -42,15 +44,16 @@ type parseError note
 
 func (e *parseError) Error() string { return e.text }
 
-// maxNodes bounds how large a document can get by its aliases.
-const maxNodes = 1 << 22
+// maxNodes bounds how large a document can get by its aliases: a file without
+// them has no more nodes than bytes.
+func maxNodes(data []byte) int { return 10000 + 4*len(data) }
 
 // parseManifests reads the documents of a manifest file: Services,
 // EndpointSlices, Nodes, and Lists of them. Fields that the API does not have
 // are warnings; a wrong type, or YAML that does not parse, is a *parseError and
 // nothing else is returned.
 func parseManifests(data []byte) (*parsed, error) {
-	p := &parsed{ignored: map[string]int{}}
+	p := &parsed{ignored: map[string]int{}, maxNodes: maxNodes(data)}
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	for {
 		var doc yaml.Node
@@ -157,8 +160,10 @@ func (p *parsed) items(doc *yaml.Node, depth int) error {
 // decode reads a document into obj, by way of JSON, which is what the API's
 // types are defined by.
 func (p *parsed) decode(doc *yaml.Node, obj runtime.Object) error {
-	j := &jsonWriter{paths: map[string]int{}}
-	if err := j.node(doc, "", 0); err != nil {
+	j := &jsonWriter{paths: map[string]int{}, left: p.maxNodes}
+	err := j.node(doc, "", 0)
+	p.maxNodes = j.left
+	if err != nil {
 		return err
 	}
 	strict, err := sigsjson.UnmarshalStrict(j.buf.Bytes(), obj)
@@ -198,13 +203,13 @@ type jsonWriter struct {
 	buf   bytes.Buffer
 	marks []mark         // ascending by offset
 	paths map[string]int // "spec.ports[0].port" -> line
-	nodes int
+	left  int            // how many more nodes may come
 }
 
 type mark struct{ offset, line int }
 
 func (j *jsonWriter) node(n *yaml.Node, path string, depth int) error {
-	if j.nodes++; j.nodes > maxNodes || depth > 1000 {
+	if j.left--; j.left < 0 || depth > 1000 {
 		return &parseError{n.Line, "document too large or too deep (aliases that refer to one another?)"}
 	}
 	j.marks = append(j.marks, mark{j.buf.Len(), n.Line})
@@ -298,7 +303,7 @@ func (j *jsonWriter) merge(merges []*yaml.Node, path string, depth int, first *b
 			if c.Kind != yaml.MappingNode {
 				return &parseError{m.Line, "<< needs a mapping"}
 			}
-			if j.nodes++; j.nodes > maxNodes || depth > 1000 {
+			if j.left--; j.left < 0 || depth > 1000 {
 				return &parseError{m.Line, "document too large or too deep (aliases that refer to one another?)"}
 			}
 			if err := j.pairs(c, path, depth+1, first, hidden); err != nil {
