@@ -1,11 +1,14 @@
 package netlab
 
 import (
+	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -77,7 +80,10 @@ func Default() Config {
 // resolved or waited for. It is built complete, and can be dialled through at
 // once.
 type Lab struct {
-	Fabric  *Namespace
+	Fabric *Namespace
+	// Nowhere is where packets end that a node should have translated and did
+	// not: see RouteVia.
+	Nowhere *Namespace
 	hosts   map[string]*Namespace
 	addrs   map[string][]netip.Addr
 	links   map[string]string // name of a pod's link on its node
@@ -106,17 +112,67 @@ func New(cfg Config) (lab *Lab, err error) {
 			return
 		}
 	}
-	for _, c := range cfg.Clients {
+	nowhere := HostSpec{Name: "nowhere", Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")}}
+	for _, c := range append(slices.Clone(cfg.Clients), nowhere) {
 		if err = lab.addHost(c, false); err != nil {
 			return
 		}
+	}
+	lab.Nowhere = lab.hosts[nowhere.Name]
+	if err = lab.Nowhere.tune([][2]string{{"net.ipv6.ip_nonlocal_bind", "1"}}); err != nil {
+		return
 	}
 	for i, n := range cfg.Nodes {
 		if err = lab.addNode(n, 100+i); err != nil {
 			return
 		}
 	}
+	err = lab.awaitLinks()
 	return
+}
+
+// awaitLinks waits until every link passes packets. A veth is switched on by a
+// kernel thread some time after its second end is brought up; until then it
+// drops what is sent.
+func (l *Lab) awaitLinks() error {
+	deadline := time.Now().Add(linksUp)
+	for _, n := range append(slices.Collect(maps.Values(l.hosts)), l.Fabric) {
+		for {
+			down, err := n.linkDown()
+			if err != nil {
+				return err
+			}
+			if down == "" {
+				break
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("link %s of %s does not come up", down, n.Name)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	return nil
+}
+
+const linksUp = 30 * time.Second
+
+// linkDown returns a link that does not pass packets yet, "" if all do.
+func (n *Namespace) linkDown() (string, error) {
+	links, err := n.link.LinkList()
+	if err != nil {
+		return "", fmt.Errorf("list links of %s: %w", n.Name, err)
+	}
+	inUse := map[int]bool{} // bridges: one without ports stays down
+	for _, link := range links {
+		inUse[link.Attrs().MasterIndex] = true
+	}
+	for _, link := range links {
+		a := link.Attrs()
+		if (link.Type() == "veth" || inUse[a.Index]) && a.OperState != netlink.OperUp {
+			return a.Name, nil
+		}
+	}
+	return "", nil
 }
 
 // Host returns the namespace of a node, pod or client by its name; nil if there
@@ -153,21 +209,46 @@ func (l *Lab) Close() {
 
 // RouteVia makes the fabric send a range of addresses (of Services, of load
 // balancers) to a node. What the node sends back unchanged, because it does not
-// serve the address, is answered with "network unreachable" and does not
-// circle.
+// serve the address, does not circle: it ends in Nowhere, which has all these
+// addresses and refuses, unless Serve was called there.
 func (l *Lab) RouteVia(to netip.Prefix, node string) error {
 	table, ok := l.tables[node]
 	if !ok {
 		return fmt.Errorf("route %s: no node %q", to, node)
 	}
-	if err := l.Fabric.addRoute(netlink.Route{Dst: ipNet(to)}, l.links[node], l.Addr(node, to.Addr().Is4())); err != nil {
+	is4 := to.Addr().Is4()
+	if err := l.Fabric.addRoute(netlink.Route{Dst: ipNet(to)}, l.links[node], l.Addr(node, is4)); err != nil {
 		return fmt.Errorf("route %s via %s: %w", to, node, err)
 	}
-	err := l.Fabric.link.RouteReplace(&netlink.Route{Dst: ipNet(to), Table: table, Type: unix.RTN_UNREACHABLE, Family: family(to.Addr())})
-	if err != nil {
+	back := netlink.Route{Dst: ipNet(to), Table: table}
+	if err := l.Fabric.addRoute(back, l.links["nowhere"], l.Addr("nowhere", is4)); err != nil {
 		return fmt.Errorf("route %s from %s: %w", to, node, err)
 	}
-	return nil
+	// Answers of Nowhere go back the way the packets came, past the node's
+	// connection tracking.
+	rule := netlink.NewRule()
+	rule.Family, rule.IifName, rule.Src = family(to.Addr()), l.links["nowhere"], ipNet(to)
+	rule.Table, rule.Priority = table+answersTable, table+answersTable
+	if err := l.Fabric.link.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add rule for %s: %w", to, err)
+	}
+	answers := netlink.Route{Dst: ipNet(everything(is4)), Table: table + answersTable}
+	if err := l.Fabric.addRoute(answers, l.links[node], l.Addr(node, is4)); err != nil {
+		return err
+	}
+	local := netlink.Route{Dst: ipNet(to), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST}
+	return l.Nowhere.addRoute(local, "lo", netip.Addr{})
+}
+
+// answersTable, added to a node's routing table, is the one for what Nowhere
+// answers in its stead.
+const answersTable = 1000
+
+func everything(is4 bool) netip.Prefix {
+	if is4 {
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 }
 
 func (l *Lab) addNode(spec NodeSpec, table int) error {
@@ -337,6 +418,11 @@ func (l *Lab) wire(router, host *Namespace, bridge string) (wire, error) {
 		if err == nil {
 			err = router.link.LinkSetMaster(veth, br)
 		}
+		if err == nil {
+			// br_netfilter bridges what it has translated: a pod that reaches
+			// itself is sent back by the port it came from.
+			err = router.link.LinkSetHairpin(veth, true)
+		}
 		if err != nil {
 			return w, fmt.Errorf("put %s on bridge %s: %w", w.near, bridge, err)
 		}
@@ -388,8 +474,7 @@ func (l *Lab) reach(w wire, addrs []netip.Addr, src4, src6 netip.Addr) error {
 		if err := w.host.addNeighbour("eth0", gw, w.nearMAC); err != nil {
 			return err
 		}
-		all := netip.PrefixFrom(map[bool]netip.Addr{true: netip.IPv4Unspecified(), false: netip.IPv6Unspecified()}[gw.Is4()], 0)
-		route := netlink.Route{Dst: ipNet(all)}
+		route := netlink.Route{Dst: ipNet(everything(gw.Is4()))}
 		for _, a := range addrs {
 			if a.Is4() == gw.Is4() {
 				route.Src = a.AsSlice() // the first one is preferred

@@ -84,6 +84,13 @@ func TestAnswers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	for _, a := range []string{"10.96.0.1:80", "[fd00:10:96::1]:80"} {
+		for _, network := range []string{"tcp", "udp"} {
+			if _, err := lab.Nowhere.Serve("nowhere", network, netip.MustParseAddrPort(a)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	var wg sync.WaitGroup
 	for _, tc := range []struct {
 		to   string
@@ -92,8 +99,12 @@ func TestAnswers(t *testing.T) {
 	}{
 		{"10.244.1.11:81", Refused, patience},
 		{"[fd00:10:244:1::11]:81", Refused, patience},
-		{"10.96.0.1:80", Unreachable, patience},
-		{"[fd00:10:96::1]:80", Unreachable, patience},
+		{"10.96.0.1:81", Refused, patience},
+		{"[fd00:10:96::1]:81", Refused, patience},
+		{"10.96.0.1:80", Answered, patience},
+		{"[fd00:10:96::1]:80", Answered, patience},
+		{"10.97.0.1:80", Unreachable, patience},
+		{"[fd00:10:97::1]:80", Unreachable, patience},
 		{"203.0.113.1:80", TimedOut, 300 * time.Millisecond},
 		{"[2001:db8:113::1]:80", TimedOut, 300 * time.Millisecond},
 	} {
