@@ -1,0 +1,159 @@
+package scenarios
+
+import (
+	"fmt"
+	"math"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/sluice-proxy/sluice/test/trace"
+)
+
+// PodLink returns the interface by which node1 reaches a pod of its own: the
+// bridge if the scenario has one, and else one of its own whose name begins
+// with "veth".
+func (s *Scenario) PodLink(h *Host) string {
+	if s.Settings.BridgeInterface != "" {
+		return s.Settings.BridgeInterface
+	}
+	return "veth-" + h.Name
+}
+
+// machine is node1 as the tracer sees it.
+func (s *Scenario) machine() *trace.Host {
+	m := &trace.Host{
+		Interfaces: map[string][]netip.Addr{"eth0": s.Cluster.Host(NodeName).Addrs},
+		Routes: []trace.Route{
+			{To: netip.MustParsePrefix("0.0.0.0/0"), Out: "eth0"},
+			{To: netip.MustParsePrefix("::/0"), Out: "eth0"},
+		},
+	}
+	for i := range s.Cluster.Hosts {
+		h := &s.Cluster.Hosts[i]
+		if h.On != NodeName {
+			continue
+		}
+		for _, a := range h.Addrs {
+			m.Routes = append(m.Routes, trace.Route{To: netip.PrefixFrom(a, a.BitLen()), Out: s.PodLink(h)})
+		}
+	}
+	return m
+}
+
+// Follow traces a flow through node1's iptables ruleset, of the flow's family,
+// and returns what is not as the flow says: nil if all is well.
+func (s *Scenario) Follow(f *Flow, rules *trace.Ruleset) error {
+	p := trace.Packet{Src: netip.AddrPortFrom(f.Source, 40000), Dst: f.To, Protocol: f.Protocol.String()}
+	switch {
+	case f.From.Name == NodeName:
+	case f.From.On == NodeName:
+		p.In = s.PodLink(f.From)
+	default:
+		p.In = "eth0"
+	}
+	outs, err := rules.Outcomes(s.machine(), p, nil)
+	if err != nil {
+		return err
+	}
+	if err := f.judge(outs); err != nil {
+		return err
+	}
+	if f.Sticky == 0 {
+		return nil
+	}
+	return s.followSticky(f, rules, p, outs)
+}
+
+func (s *Scenario) followSticky(f *Flow, rules *trace.Ruleset, p trace.Packet, outs []trace.Outcome) error {
+	for _, first := range outs {
+		for _, step := range []struct {
+			at   time.Duration
+			ways int
+		}{{f.Sticky, 1}, {f.Sticky + time.Second, len(outs)}} {
+			p.At = step.at
+			again, err := rules.Outcomes(s.machine(), p, first.Recent)
+			if err != nil {
+				return err
+			}
+			if len(again) != step.ways || (step.ways == 1 && again[0].Dst != first.Dst) {
+				return fmt.Errorf("after %s to %s, %s later: %v", f.Text, first.Dst, step.at, again)
+			}
+		}
+	}
+	return nil
+}
+
+func (f *Flow) judge(outs []trace.Outcome) error {
+	bad := func(o trace.Outcome, why string) error {
+		return fmt.Errorf("%s: %s; its way:\n  %s", o, why, strings.Join(o.Path, "\n  "))
+	}
+	chances := map[netip.AddrPort]float64{}
+	for _, o := range outs {
+		passed := o.Verdict == trace.Forwarded || o.Verdict == trace.Delivered
+		switch {
+		case f.Expect == Reject && o.Verdict != trace.Rejected:
+			return bad(o, "not rejected")
+		case f.Expect == Drop && o.Verdict != trace.Dropped:
+			return bad(o, "not dropped")
+		case f.Expect == None && (!passed || o.Translated || o.Masqueraded):
+			return bad(o, "not left alone")
+		case f.Expect == Endpoints && (!passed || !o.Translated):
+			return bad(o, "not translated")
+		}
+		if f.Expect != Endpoints {
+			continue
+		}
+		masq := f.Masq
+		if len(f.Target) > 0 {
+			t := f.TargetAt(o.Dst)
+			if t == nil {
+				return bad(o, "an endpoint that is not expected")
+			}
+			masq = t.Masq
+		}
+		if o.Masqueraded != masq {
+			return bad(o, fmt.Sprintf("masqueraded is %v", o.Masqueraded))
+		}
+		chances[o.Dst] += o.Probability
+	}
+	return f.judgeChances(chances)
+}
+
+// tolerance is for probabilities that the kernel keeps as numbers out of 2^31.
+const tolerance = 1e-6
+
+func (f *Flow) judgeChances(chances map[netip.AddrPort]float64) error {
+	if f.Count > 0 {
+		if len(chances) != f.Count {
+			return fmt.Errorf("%d endpoints", len(chances))
+		}
+		for a, c := range chances {
+			if math.Abs(c-1/float64(f.Count)) > tolerance {
+				return fmt.Errorf("%s is chosen with probability %v", a, c)
+			}
+		}
+	}
+	for _, t := range f.Target {
+		sum := 0.0
+		for a, c := range chances {
+			if t.Is(a) {
+				sum += c
+			}
+		}
+		if math.Abs(sum-t.Chance) > tolerance {
+			return fmt.Errorf("%s is chosen with probability %v, want %v", t.Host.Name, sum, t.Chance)
+		}
+	}
+	return nil
+}
+
+// TargetAt returns the expected endpoint at an address, nil if there is none.
+func (f *Flow) TargetAt(a netip.AddrPort) *Target {
+	for i := range f.Target {
+		if f.Target[i].Is(a) {
+			return &f.Target[i]
+		}
+	}
+	return nil
+}

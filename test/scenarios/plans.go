@@ -1,0 +1,206 @@
+package scenarios
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/sluice-proxy/sluice/pkg/convert"
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/pkg/state"
+)
+
+// Detector is how pods of the node are told from others, in one family. At most
+// one field is set.
+type Detector struct {
+	CIDR            netip.Prefix
+	BridgeInterface string
+	InterfacePrefix string
+}
+
+// Detector returns the local detector of a family, as kube-proxy makes it from
+// its configuration.
+func (s *Scenario) Detector(f model.Family) Detector {
+	first := func(cidrs []string) (d Detector) {
+		for _, c := range cidrs {
+			if p, err := netip.ParsePrefix(strings.TrimSpace(c)); err == nil && !d.CIDR.IsValid() && model.FamilyOf(p.Addr()) == f {
+				d.CIDR = p
+			}
+		}
+		return d
+	}
+	switch s.Settings.DetectLocalMode {
+	case "ClusterCIDR":
+		return first(strings.Split(s.Settings.ClusterCIDR, ","))
+	case "NodeCIDR":
+		return first(s.Node.Spec.PodCIDRs)
+	case "BridgeInterface":
+		return Detector{BridgeInterface: s.Settings.BridgeInterface}
+	case "InterfaceNamePrefix":
+		return Detector{InterfacePrefix: s.Settings.InterfaceNamePrefix}
+	}
+	return Detector{}
+}
+
+// Facts returns the node's facts for a family.
+func (s *Scenario) Facts(f model.Family) *plan.Facts {
+	node, _ := new(convert.Converter).Node(s.Node)
+	facts := &plan.Facts{
+		Family:             f,
+		NodeName:           NodeName,
+		Zone:               node.Zone,
+		DetectLocal:        s.Detector(f) != Detector{},
+		MasqueradeAll:      s.Settings.MasqueradeAll,
+		RefuseExternalIPs:  s.Settings.RefuseExternalIPs,
+		LocalhostNodePorts: s.Settings.LocalhostNodePorts && f == model.IPv4,
+	}
+	var own []netip.Addr
+	for _, a := range node.Addrs {
+		if model.FamilyOf(a) == f {
+			own = append(own, a)
+		}
+	}
+	if len(own) > 0 {
+		facts.NodeIP = own[0]
+	}
+	facts.NodePorts = nodePortAddresses(s.Settings.NodePortAddresses, f, own)
+	return facts
+}
+
+func nodePortAddresses(values []string, f model.Family, own []netip.Addr) plan.NodePortAddresses {
+	n := plan.NodePortAddresses{}
+	given := false
+	add := func(match func(netip.Addr) bool) {
+		given = true
+		for _, a := range own {
+			if match(a) && !slices.Contains(n.Addrs, a) {
+				n.Addrs = append(n.Addrs, a)
+			}
+		}
+	}
+	for _, v := range values {
+		p, err := netip.ParsePrefix(v)
+		switch {
+		case v == "primary":
+			add(func(a netip.Addr) bool { return a == own[0] })
+		case v == "all" || (err == nil && p.Bits() == 0 && model.FamilyOf(p.Addr()) == f):
+			n.All = true
+		case err == nil && model.FamilyOf(p.Addr()) == f:
+			add(p.Contains)
+		}
+	}
+	if n.All || !given {
+		return plan.NodePortAddresses{All: true}
+	}
+	slices.SortFunc(n.Addrs, netip.Addr.Compare)
+	return n
+}
+
+// Set plans the scenario for a family, by the way that events take: conversion,
+// store, planner.
+func (s *Scenario) Set(f model.Family) *plan.Set {
+	store, _ := s.store()
+	planner := plan.NewPlanner(s.Facts(f))
+	for e := range store.Current().All {
+		planner.Update(e.Name, e.Service, e.Slices)
+	}
+	return planner.Set()
+}
+
+// store converts all objects, and says what could not be used of them.
+func (s *Scenario) store() (*state.Store, []string) {
+	store := state.NewStore()
+	var c convert.Converter
+	var notes []string
+	note := func(kind, name string, skip convert.Skip, problems []string) {
+		if skip != "" {
+			notes = append(notes, fmt.Sprintf("%s %s: skipped: %s", kind, name, skip))
+		}
+		for _, p := range problems {
+			notes = append(notes, fmt.Sprintf("%s %s: %s", kind, name, p))
+		}
+	}
+	for _, o := range s.Services {
+		svc, skip, problems := c.Service(o)
+		note("Service", o.Namespace+"/"+o.Name, skip, problems)
+		if svc != nil {
+			store.SetService(svc)
+		}
+	}
+	for _, o := range s.Slices {
+		sl, skip, problems := c.Slice(o)
+		note("EndpointSlice", o.Namespace+"/"+o.Name, skip, problems)
+		if sl != nil {
+			store.SetSlice(sl)
+		}
+	}
+	store.SetSynced()
+	store.Publish()
+	return store, notes
+}
+
+// PlanText returns the plans of all families for people to read, and before
+// them what was wrong with the objects.
+func (s *Scenario) PlanText() string {
+	var b strings.Builder
+	_, notes := s.store()
+	for _, n := range notes {
+		fmt.Fprintf(&b, "note: %s\n", n)
+	}
+	for _, f := range s.Families() {
+		for _, p := range s.Set(f).Sorted() {
+			writePlan(&b, f, p)
+		}
+	}
+	return b.String()
+}
+
+func writePlan(b *strings.Builder, f model.Family, p *plan.Plan) {
+	fmt.Fprintf(b, "%s %s %s\n", f, p.PortKey, p.Protocol)
+	for _, fe := range p.Frontends {
+		fmt.Fprintf(b, "  %s: pod %s, node %s, outside %s", frontendText(&fe), fe.FromPod, fe.FromNode, fe.FromOutside)
+		if fe.Sources != nil {
+			fmt.Fprintf(b, ", only from %v", fe.Sources)
+		}
+		b.WriteString("\n")
+	}
+	for _, c := range p.Lost {
+		fmt.Fprintf(b, "  lost to %s: %s\n", c.Winner, frontendText(&c.Frontend))
+	}
+	list := func(name string, eps []plan.Endpoint) {
+		if len(eps) == 0 {
+			return
+		}
+		fmt.Fprintf(b, "  %s:", name)
+		for _, e := range eps {
+			fmt.Fprintf(b, " %s", e.AddrPort)
+			if e.Local {
+				b.WriteString("(here)")
+			}
+		}
+		b.WriteString("\n")
+	}
+	list("cluster", p.Cluster)
+	list("local", p.Local)
+	if !slices.Equal(p.Serving, p.Cluster) {
+		list("serving", p.Serving)
+	}
+	if p.Affinity > 0 {
+		fmt.Fprintf(b, "  affinity %s\n", p.Affinity)
+	}
+	if p.HealthPort != 0 {
+		fmt.Fprintf(b, "  health check port %d: %d here\n", p.HealthPort, p.HealthLocal)
+	}
+	for _, t := range p.Why.Texts() {
+		fmt.Fprintf(b, "  because: %s\n", t)
+	}
+}
+
+func frontendText(f *plan.Frontend) string {
+	if f.Kind == plan.NodePort {
+		return fmt.Sprintf("%s %d", f.Kind, f.Port)
+	}
+	return fmt.Sprintf("%s %s", f.Kind, netip.AddrPortFrom(f.Addr, f.Port))
+}
