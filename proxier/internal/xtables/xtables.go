@@ -137,7 +137,7 @@ type tally struct {
 // use: reading a legacy table would create it.
 func census(ctx context.Context, p Programs) tally {
 	var t tally
-	if p.Variant == Legacy && !legacyInUse(p.Family) {
+	if p.Variant == Legacy && !LegacyInUse(p.Family) {
 		return t
 	}
 	out, err := command(ctx, p.Save).Output()
@@ -155,7 +155,9 @@ func census(ctx context.Context, p Programs) tally {
 	return t
 }
 
-func legacyInUse(family model.Family) bool {
+// LegacyInUse says whether any legacy table of a family exists. Reading one would
+// create it.
+func LegacyInUse(family model.Family) bool {
 	file := "/proc/net/ip_tables_names"
 	if family == model.IPv6 {
 		file = "/proc/net/ip6_tables_names"

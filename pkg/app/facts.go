@@ -1,0 +1,112 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/sluice-proxy/sluice/pkg/config"
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/node"
+	"github.com/sluice-proxy/sluice/pkg/plan"
+)
+
+// factsOf gives what plans of a family depend on besides Services.
+func (a *agent) factsOf(f model.Family, n *model.Node) *plan.Facts {
+	cfg := a.cfg.Load()
+	facts := &plan.Facts{
+		Family: f, NodeName: cfg.NodeName,
+		NodeIP:            node.PrimaryIP(cfg.BindAddress, n, f),
+		DetectLocal:       a.detectors[f].Detects(),
+		MasqueradeAll:     cfg.MasqueradeAll,
+		RefuseExternalIPs: !cfg.FeatureGates[config.GateAllowServiceExternalIPs],
+	}
+	if n != nil {
+		facts.Zone = n.Zone
+	}
+	filter := cfg.NodePortAddresses.IPv4
+	if f == model.IPv6 {
+		filter = cfg.NodePortAddresses.IPv6
+	} else {
+		loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		facts.LocalhostNodePorts = cfg.LocalhostNodePorts && filter.Serves(loopback, facts.NodeIP)
+	}
+	facts.NodePorts.All = filter.All || filter.Primary && len(filter.Prefixes) == 0 && !facts.NodeIP.IsValid()
+	if !facts.NodePorts.All {
+		facts.NodePorts.Addrs = slices.DeleteFunc(slices.Clone((*a.addresses.Load())[f]), func(addr netip.Addr) bool {
+			return !filter.Serves(addr, facts.NodeIP)
+		})
+	}
+	return facts
+}
+
+// readAddresses reads the node's addresses. If that fails the last known stay.
+func (a *agent) readAddresses() {
+	next := map[model.Family][]netip.Addr{}
+	if was := a.addresses.Load(); was != nil {
+		for f, list := range *was {
+			next[f] = list
+		}
+	}
+	for _, f := range []model.Family{model.IPv4, model.IPv6} {
+		list, err := node.Addresses(f)
+		if err != nil {
+			a.log.Warn("Could not read the node's addresses; the last known stay", "ipFamily", f, "err", err)
+			continue
+		}
+		next[f] = list
+	}
+	a.addresses.Store(&next)
+}
+
+// factsChanged has the loops ask for the facts again.
+func (a *agent) factsChanged() {
+	a.readAddresses()
+	for _, f := range a.loops {
+		select {
+		case f.facts <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// podCIDRWait is kube-proxy's patience with a Node that has no podCIDRs yet.
+const podCIDRWait = 5 * time.Minute
+
+var errPodCIDRs = errors.New("the Node's podCIDRs changed, which this detectLocalMode needs a restart for")
+
+// waitForNodeCIDR waits, in NodeCIDR mode, for the Node and its podCIDRs.
+func (a *agent) waitForNodeCIDR(ctx context.Context, cfg *config.Config) error {
+	if cfg.DetectLocal.Mode != config.LocalNodeCIDR {
+		return nil
+	}
+	changed := a.store.Subscribe()
+	late := time.NewTimer(podCIDRWait)
+	defer late.Stop()
+	a.log.Info("Waiting for the Node's podCIDRs", "node", cfg.NodeName)
+	for {
+		if n := a.store.Current().Node(); n != nil && len(n.PodCIDRs) > 0 {
+			a.podCIDRs = n.PodCIDRs
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-late.C:
+			return fmt.Errorf("detectLocalMode NodeCIDR: Node %s has had no podCIDRs for %s", cfg.NodeName, podCIDRWait)
+		case <-changed:
+		}
+	}
+}
+
+// nodeCIDRKept ends the agent, in NodeCIDR mode, when the podCIDRs are others
+// than at the start, as kube-proxy does.
+func (a *agent) nodeCIDRKept(n *model.Node) error {
+	if a.podCIDRs != nil && n != nil && len(n.PodCIDRs) > 0 && !slices.Equal(a.podCIDRs, n.PodCIDRs) {
+		return errPodCIDRs
+	}
+	return nil
+}

@@ -1,0 +1,59 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/sluice-proxy/sluice/pkg/config"
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/node"
+	"github.com/sluice-proxy/sluice/proxier/iptables"
+)
+
+// prepareHost sets what the node's kernel needs. Nothing of it is a reason not
+// to start: in containers and network namespaces many settings are read-only.
+func prepareHost(cfg *config.Config, log *slog.Logger, starting bool) {
+	var system node.System
+	if starting {
+		if err := system.SetOOMScoreAdj(cfg.OOMScoreAdj); err != nil {
+			log.Warn("Could not set the OOM score", "err", err)
+		}
+	}
+	changes := node.ConntrackSysctls(node.Conntrack{
+		MaxPerCore: cfg.Conntrack.MaxPerCore, Min: cfg.Conntrack.Min,
+		TCPEstablishedTimeout: cfg.Conntrack.TCPEstablishedTimeout, TCPCloseWaitTimeout: cfg.Conntrack.TCPCloseWaitTimeout,
+		TCPBeLiberal: cfg.Conntrack.TCPBeLiberal,
+		UDPTimeout:   cfg.Conntrack.UDPTimeout, UDPStreamTimeout: cfg.Conntrack.UDPStreamTimeout,
+	}, system.OnlineCPUs(), system.ReadInt)
+	changes = append(changes, node.NetworkSysctls(node.Network{LocalhostNodePorts: cfg.LocalhostNodePorts}, system.ReadInt)...)
+	for _, c := range changes {
+		log.Info("Kernel setting", "change", c.String())
+	}
+	for _, err := range system.Apply(changes) {
+		log.Warn("Could not change a kernel setting; going on without", "err", err)
+	}
+}
+
+// InitOnly does what needs all privileges, so that the agent can then run with
+// CAP_NET_ADMIN and CAP_NET_RAW only.
+func InitOnly(_ context.Context, cfg *config.Config, log *slog.Logger) error {
+	prepareHost(cfg, log, false)
+	return nil
+}
+
+// Cleanup removes everything that Sluice or kube-proxy wrote to the node in
+// iptables mode, and nothing else.
+func Cleanup(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	var errs []error
+	for _, f := range []model.Family{model.IPv4, model.IPv6} {
+		if err := iptables.CleanupHost(ctx, f); err != nil {
+			errs = append(errs, fmt.Errorf("clean up %s: %w", f, err))
+		}
+	}
+	if len(errs) == 0 {
+		log.Info("All rules of Sluice and of kube-proxy's iptables mode are removed; this node forwards no Service any more")
+	}
+	return errors.Join(errs...)
+}
