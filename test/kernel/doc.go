@@ -1,0 +1,10 @@
+// Package kernel runs every scenario of test/scenarios with every proxier on a
+// real kernel: it builds the scenario's cluster out of network namespaces, lets
+// the proxier program node1, and dials each flow.
+//
+// It knows proxiers by their interface only. To put another one under test, add
+// it to the table in proxiers_test.go.
+//
+// It needs network namespaces (root, or "unshare -Ur"), and skips loudly where
+// there are none. SCTP flows are skipped where the kernel has no SCTP sockets.
+package kernel
