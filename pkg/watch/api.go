@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"log/slog"
-	"math"
 	"sync"
 	"time"
 
@@ -46,7 +45,7 @@ type API struct {
 
 // Run follows the API server until ctx ends, and then returns nil. It returns
 // an error only if it cannot start. An API server out of reach is no error: Run
-// tries again, waiting up to 20 s between tries, and the store keeps what it
+// tries again, waiting up to 10 s between tries, and the store keeps what it
 // has. The store is marked synced when the first complete lists of Services and
 // EndpointSlices are in.
 func (a *API) Run(ctx context.Context) error {
@@ -67,7 +66,7 @@ func (a *API) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, s := range a.sources(cl, conv) {
 		s.conn, s.report, s.noWatchList = conn, rep, a.NoWatchList
-		wg.Go(func() { s.reflector(ctx, events).RunWithContext(ctx) })
+		wg.Go(func() { keepListing(ctx, s.reflector(ctx, events)) })
 	}
 	wg.Go(func() { newWriter(a.Store, stats).run(ctx, events) })
 	wg.Wait()
@@ -102,10 +101,35 @@ func (a *API) sources(cl clients, conv *convert.Converter) []*source {
 // learn of changes soon after the API server is back.
 var backoff = wait.Backoff{
 	Duration: 500 * time.Millisecond,
-	Cap:      10 * time.Second,
-	Steps:    int(math.Ceil(math.Log2(20))) + 1,
+	Cap:      5 * time.Second,
+	Steps:    10,
 	Factor:   2,
 	Jitter:   1,
+}
+
+// steady is how long a list and the watches after it must have lasted for the
+// next list to come soon.
+const steady = 15 * time.Second
+
+// keepListing is the Reflector's own Run but for the pause between rounds. Run
+// takes the pause that the time without an API server has led up to; but an API
+// server that is back first says that the history has expired (its watch cache
+// is new), and what is needed then is a list at once.
+func keepListing(ctx context.Context, r *cache.Reflector) {
+	pause := backoff
+	for ctx.Err() == nil {
+		start := time.Now()
+		if err := r.ListAndWatchWithContext(ctx); err != nil {
+			klog.FromContext(ctx).Info("Watch ended", "type", r.TypeDescription(), "err", err)
+		}
+		if time.Since(start) > steady {
+			pause = backoff
+		}
+		select {
+		case <-time.After(pause.Step()):
+		case <-ctx.Done():
+		}
+	}
 }
 
 func (s *source) reflector(ctx context.Context, events chan<- event) *cache.Reflector {
@@ -233,7 +257,11 @@ func (c *connectionState) result(ctx context.Context, k kind, err error) {
 	switch {
 	case after && !before:
 		c.stats.lostSince.Store(c.now().UnixNano())
-		c.log.Warn("API server out of reach; the last known state stays in force", "kind", k.String(), "err", err)
+		text := "API server out of reach; the last known state stays in force"
+		if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
+			text = "API server refuses us (check the ClusterRole and credentials); the last known state stays in force"
+		}
+		c.log.Warn(text, "kind", k.String(), "err", err)
 	case before && !after:
 		c.log.Info("API server reached again", "after", c.now().Sub(c.stats.LostSince()).Round(time.Millisecond))
 		c.stats.lostSince.Store(0)

@@ -13,6 +13,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
@@ -359,6 +360,28 @@ func FuzzDecodeList(f *testing.F) {
 			return nil
 		})
 	})
+}
+
+func TestRefusalIsToldFromLoss(t *testing.T) {
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{apierrors.NewForbidden(corev1.Resource("nodes"), "me", nil), "refuses us"},
+		{apierrors.NewUnauthorized("no"), "refuses us"},
+		{fmt.Errorf("connection refused"), "out of reach"},
+		{apierrors.NewServiceUnavailable("starting"), "out of reach"},
+		{apierrors.NewResourceExpired("410"), ""}, // the Reflector lists anew
+		{apierrors.NewTooManyRequests("busy", 1), ""},
+	} {
+		var buf bytes.Buffer
+		stats := &Stats{}
+		c := &connectionState{log: slog.New(slog.NewTextHandler(&buf, nil)), stats: stats, now: time.Now}
+		c.result(t.Context(), nodes, test.err)
+		if !strings.Contains(buf.String(), test.want) || (test.want == "") != (buf.Len() == 0) || stats.LostSince().IsZero() != (test.want == "") {
+			t.Errorf("%v: logged %q, lost since %v", test.err, &buf, stats.LostSince())
+		}
+	}
 }
 
 func TestLostConnectionIsTimed(t *testing.T) {
