@@ -53,9 +53,7 @@ func TestScenarios(t *testing.T) {
 func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 	lab := build(t, s)
 	node := lab.Host(scenarios.NodeName)
-	if err := sub.prepare(s, node); err != nil {
-		t.Fatal(err)
-	}
+	sub.prepare(t, s, node)
 	for _, f := range s.Families() {
 		p, err := sub.new(s, f)
 		if err != nil {
@@ -156,9 +154,10 @@ func serve(t *testing.T, where *netlab.Namespace, name string, p model.Protocol,
 	}
 }
 
-// serveNowhere starts a server where packets of flows that are to be left alone
-// must arrive: on the host that has the address, or else behind the node. So
-// such a flow is proved by an answer.
+// serveNowhere starts a server where packets arrive that the node leaves alone:
+// on the host that has the address, or else behind the node. So a flow that
+// must be left alone is proved by an answer, and one that must be refused is
+// refused by nobody but the node.
 func serveNowhere(t *testing.T, lab *netlab.Lab, s *scenarios.Scenario) {
 	type place struct {
 		at       netip.AddrPort
@@ -170,7 +169,7 @@ func serveNowhere(t *testing.T, lab *netlab.Lab, s *scenarios.Scenario) {
 	}
 	for _, f := range s.Flows {
 		here := place{f.To, f.Protocol}
-		if f.Expect != scenarios.None || f.Protocol == model.SCTP || taken[here] {
+		if f.Expect == scenarios.Endpoints || f.Protocol == model.SCTP || taken[here] {
 			continue
 		}
 		taken[here] = true
@@ -374,4 +373,28 @@ func judgeSource(lab *netlab.Lab, f *scenarios.Flow, a netlab.Answer, masq bool)
 		return fmt.Errorf("%v, but should have been seen as one of %v", a, nodes)
 	}
 	return nil
+}
+
+// TestFlowsFailWithoutProxier: a node that does nothing fails every flow that
+// needs something done, so that the other test proves something.
+func TestFlowsFailWithoutProxier(t *testing.T) {
+	if err := netlab.Supported(); err != nil {
+		t.Skip("SKIPPED, real kernel not tested: ", err)
+	}
+	for _, name := range []string{"external-local", "source-ranges", "no-endpoints", "forward-drop", "affinity"} {
+		s, err := scenarios.Load("../scenarios/" + name + ".txtar")
+		if err != nil {
+			t.Fatal(err)
+		}
+		lab := build(t, s)
+		for i := range s.Flows {
+			f := &s.Flows[i]
+			if f.Expect == scenarios.None {
+				continue
+			}
+			if err := dial(t.Context(), lab, s, f); err == nil {
+				t.Errorf("%s, %s: as it should be, without a proxier", name, f.Text)
+			}
+		}
+	}
 }

@@ -3,6 +3,7 @@ package kernel
 import (
 	"fmt"
 	"os/exec"
+	"testing"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/proxier"
@@ -20,13 +21,14 @@ type subject struct {
 	// run on this machine.
 	new func(s *scenarios.Scenario, f model.Family) (proxier.Proxier, error)
 
-	// prepare does to the node what the agent does besides the proxier: sysctls.
-	prepare func(s *scenarios.Scenario, node *netlab.Namespace) error
+	// prepare does to the node what the agent does besides the proxier (sysctls),
+	// and what the scenario says that others have done.
+	prepare func(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace)
 }
 
 var subjects = []subject{
-	{name: "iptables-nft", mode: "iptables", new: newIPTables("nft"), prepare: routeLocalnet},
-	{name: "iptables-legacy", mode: "iptables", new: newIPTables("legacy"), prepare: routeLocalnet},
+	{name: "iptables-nft", mode: "iptables", new: newIPTables("nft"), prepare: prepareIPTables("nft")},
+	{name: "iptables-legacy", mode: "iptables", new: newIPTables("legacy"), prepare: prepareIPTables("legacy")},
 }
 
 func newIPTables(variant string) func(*scenarios.Scenario, model.Family) (proxier.Proxier, error) {
@@ -58,11 +60,22 @@ func newIPTables(variant string) func(*scenarios.Scenario, model.Family) (proxie
 	}
 }
 
-// routeLocalnet lets packets from 127.0.0.1 be translated, for node ports on
+// prepareIPTables lets packets from 127.0.0.1 be translated, for node ports on
 // loopback.
-func routeLocalnet(s *scenarios.Scenario, node *netlab.Namespace) error {
-	if !s.Settings.LocalhostNodePorts {
-		return nil
+func prepareIPTables(variant string) func(*testing.T, *scenarios.Scenario, *netlab.Namespace) {
+	return func(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace) {
+		if s.LocalhostNodePorts() {
+			if err := node.Sysctl("net.ipv4.conf.all.route_localnet", "1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, program := range []string{"iptables-" + variant, "ip6tables-" + variant} {
+			if _, err := exec.LookPath(program); err != nil || s.Settings.ForwardPolicy == "" {
+				continue // the proxier says so
+			}
+			if _, err := node.Run(t.Context(), program, "-w", "-P", "FORWARD", s.Settings.ForwardPolicy); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	return node.Sysctl("net.ipv4.conf.all.route_localnet", "1")
 }

@@ -10,6 +10,15 @@ import (
 	"github.com/sluice-proxy/sluice/test/trace"
 )
 
+// Rules parses a ruleset of the proxier's as it stands on the scenario's node,
+// with the policy of FORWARD there.
+func (s *Scenario) Rules(save string) (*trace.Ruleset, error) {
+	if s.Settings.ForwardPolicy == "DROP" {
+		save = strings.Replace(save, ":FORWARD ACCEPT", ":FORWARD DROP", 1)
+	}
+	return trace.Parse(save)
+}
+
 // PodLink returns the interface by which node1 reaches a pod of its own: the
 // bridge if the scenario has one, and else one of its own whose name begins
 // with "veth".

@@ -8,6 +8,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/pkg/convert"
 	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/node"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/pkg/state"
 )
@@ -46,56 +47,51 @@ func (s *Scenario) Detector(f model.Family) Detector {
 
 // Facts returns the node's facts for a family.
 func (s *Scenario) Facts(f model.Family) *plan.Facts {
-	node, _ := new(convert.Converter).Node(s.Node)
-	facts := &plan.Facts{
+	self, _ := new(convert.Converter).Node(s.Node)
+	spec, _ := nodePortSpec(s.Settings.NodePortAddresses) // checked by Parse
+	primary := func(f model.Family) netip.Addr { return node.PrimaryIP(netip.Addr{}, self, f) }
+	own := append(slices.Clone(self.Addrs), netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
+	return &plan.Facts{
 		Family:             f,
 		NodeName:           NodeName,
-		Zone:               node.Zone,
+		Zone:               self.Zone,
+		NodeIP:             primary(f),
 		DetectLocal:        s.Detector(f) != Detector{},
 		MasqueradeAll:      s.Settings.MasqueradeAll,
 		RefuseExternalIPs:  s.Settings.RefuseExternalIPs,
-		LocalhostNodePorts: s.Settings.LocalhostNodePorts && f == model.IPv4,
+		NodePorts:          node.Select(spec, f, own, primary(f)),
+		LocalhostNodePorts: s.LocalhostNodePorts() && f == model.IPv4,
 	}
-	var own []netip.Addr
-	for _, a := range node.Addrs {
-		if model.FamilyOf(a) == f {
-			own = append(own, a)
-		}
-	}
-	if len(own) > 0 {
-		facts.NodeIP = own[0]
-	}
-	facts.NodePorts = nodePortAddresses(s.Settings.NodePortAddresses, f, own)
-	return facts
 }
 
-func nodePortAddresses(values []string, f model.Family, own []netip.Addr) plan.NodePortAddresses {
-	n := plan.NodePortAddresses{}
-	given := false
-	add := func(match func(netip.Addr) bool) {
-		given = true
-		for _, a := range own {
-			if match(a) && !slices.Contains(n.Addrs, a) {
-				n.Addrs = append(n.Addrs, a)
-			}
-		}
-	}
+// LocalhostNodePorts says whether node ports are served on 127.0.0.1, which
+// kube-proxy does if it is allowed and nodePortAddresses does not exclude it.
+func (s *Scenario) LocalhostNodePorts() bool {
+	self, _ := new(convert.Converter).Node(s.Node)
+	spec, _ := nodePortSpec(s.Settings.NodePortAddresses)
+	return s.Settings.LocalhostNodePorts && node.IncludesLocalhost(spec, node.PrimaryIP(netip.Addr{}, self, model.IPv4))
+}
+
+// nodePortSpec reads nodePortAddresses; what is no keyword must be a CIDR.
+func nodePortSpec(values []string) (node.Spec, error) {
+	var spec node.Spec
 	for _, v := range values {
-		p, err := netip.ParsePrefix(v)
-		switch {
-		case v == "primary":
-			add(func(a netip.Addr) bool { return a == own[0] })
-		case v == "all" || (err == nil && p.Bits() == 0 && model.FamilyOf(p.Addr()) == f):
-			n.All = true
-		case err == nil && model.FamilyOf(p.Addr()) == f:
-			add(p.Contains)
+		switch v {
+		case "all":
+			spec.All = true
+		case "primary":
+			spec.Primary = true
+		case "localhost":
+			spec.Localhost = true
+		default:
+			p, err := netip.ParsePrefix(v)
+			if err != nil {
+				return spec, fmt.Errorf("nodePortAddresses: %w", err)
+			}
+			spec.Prefixes = append(spec.Prefixes, p)
 		}
 	}
-	if n.All || !given {
-		return plan.NodePortAddresses{All: true}
-	}
-	slices.SortFunc(n.Addrs, netip.Addr.Compare)
-	return n
+	return spec, nil
 }
 
 // Set plans the scenario for a family, by the way that events take: conversion,
@@ -150,6 +146,9 @@ func (s *Scenario) PlanText() string {
 		fmt.Fprintf(&b, "note: %s\n", n)
 	}
 	for _, f := range s.Families() {
+		if n := s.Facts(f).NodePorts; !n.All {
+			fmt.Fprintf(&b, "%s node ports are served on %v\n", f, n.Addrs)
+		}
 		for _, p := range s.Set(f).Sorted() {
 			writePlan(&b, f, p)
 		}

@@ -55,6 +55,10 @@ type Settings struct {
 	LocalhostNodePorts  bool     `json:"localhostNodePorts"`
 	RefuseExternalIPs   bool     `json:"refuseExternalIPs"` // feature gate AllowServiceExternalIPs off
 
+	// ForwardPolicy is that of the filter table's FORWARD chain, which is not the
+	// proxier's: "DROP", or "ACCEPT" if not given.
+	ForwardPolicy string `json:"forwardPolicy"`
+
 	// Pods are pods that are no endpoints, by name: where packets can come from.
 	Pods map[string][]netip.Addr `json:"pods"`
 }
@@ -133,6 +137,9 @@ func Parse(name string, data []byte) (*Scenario, error) {
 	}
 	if text, ok := s.Golden(fileSettings); ok {
 		if err := yaml.UnmarshalStrict([]byte(text), &s.Settings); err != nil {
+			return nil, fmt.Errorf("%s: %w", fileSettings, err)
+		}
+		if _, err := nodePortSpec(s.Settings.NodePortAddresses); err != nil {
 			return nil, fmt.Errorf("%s: %w", fileSettings, err)
 		}
 	}

@@ -69,6 +69,7 @@ func TestBadScenarios(t *testing.T) {
 		"about\n-- objects.yaml --\nkind: Pod\n": "Pod",
 		"about\n-- objects.yaml --\nkind: Service\nspek: {}\n":                                    "spek",
 		"about\n-- objects.yaml --\nkind: Node\nmetadata: {name: x}\n":                            "node1",
+		"about\n-- settings.yaml --\nnodePortAddresses: [10.0.0.1]\n" + service:                   "nodePortAddresses",
 		"about\n-- settings.yaml --\nmasquerade: true\n" + service:                                "masquerade",
 		"about\n" + service + "-- flows --\npod shell tcp\n":                                      "not of the form",
 		"about\n" + service + "-- flows --\npod shell -> icmp 1.2.3.4:5 = drop\n":                 "icmp",

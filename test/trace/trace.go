@@ -217,6 +217,7 @@ type walk struct {
 	chance func(float64) bool
 	result Outcome
 	depth  int
+	steps  int
 }
 
 func (rs *Ruleset) newWalk(h *Host, p Packet, recent Recent) *walk {
@@ -299,6 +300,10 @@ func (w *walk) traverse(tableName, hook string) (verdictKind, error) {
 // that iptables would refuse to load is an error here.
 const maxDepth = 64
 
+// maxSteps bounds the rules that one packet is compared with: chains that each
+// jump twice to the next take exponential time without any loop.
+const maxSteps = 10_000_000
+
 // chain returns next when the packet falls out of the chain's end or meets a
 // RETURN. A goto does not come back, so its verdict is the chain's own.
 func (w *walk) chain(t *table, c *chain) (verdictKind, error) {
@@ -307,6 +312,9 @@ func (w *walk) chain(t *table, c *chain) (verdictKind, error) {
 	}
 	defer func() { w.depth-- }()
 	for _, r := range c.rules {
+		if w.steps++; w.steps > maxSteps {
+			return drop, fmt.Errorf("%s %s: more than %d rules for one packet", t.name, c.name, maxSteps)
+		}
 		if !w.matches(r) {
 			continue
 		}
