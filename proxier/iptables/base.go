@@ -103,7 +103,7 @@ func (c compiler) base(o *Options) []tableChain {
 	if !o.AcceptInvalid {
 		counter := ""
 		if c.nfacct {
-			counter = " -m nfacct --nfacct-name " + InvalidDroppedCounter
+			counter = matchNFAcct + InvalidDroppedCounter
 		}
 		forward = append(forward, "-m conntrack --ctstate INVALID"+counter+" -j DROP")
 	}

@@ -103,6 +103,8 @@ const (
 	toMarkMasq = "-j " + chainMarkMasq
 	srcLocal   = "-m addrtype --src-type LOCAL"
 	dstLocal   = "-m addrtype --dst-type LOCAL"
+
+	matchNFAcct = " -m nfacct --nfacct-name  " // iptables-save writes two blanks
 )
 
 // compile gives a plan's ruleset.
@@ -406,7 +408,7 @@ func (c compiler) nodePortEntries(p *plan.Plan, n portNames, f *plan.Frontend, m
 	if c.nfacct && c.facts.Family == model.IPv4 && c.facts.LocalhostNodePorts {
 		counted := r
 		counted.dst = "127.0.0.0/8"
-		counted.match += " -m nfacct --nfacct-name " + LocalhostNodePortsCounter
+		counted.match += matchNFAcct + LocalhostNodePortsCounter
 		add(treeNodePorts, portKey(f.Port), counted)
 	}
 	add(treeNodePorts, portKey(f.Port), r)

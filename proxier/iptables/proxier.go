@@ -57,6 +57,7 @@ type Proxier struct {
 	told    map[model.PortKey]bool // refusals that have been reported and not taken back
 
 	written bool // this process has written: what it finds changed is drift
+	unread  bool // written in full and not read back yet
 	odd     map[tableRef]oddity
 
 	verified   time.Time
@@ -302,16 +303,15 @@ func (x *Proxier) applyAll(ctx context.Context, want *plan.Set, have *actual, ke
 	if err := x.kernel.apply(ctx, ch); err != nil {
 		return err
 	}
-	drift := x.written && !ch.empty()
+	if x.written {
+		x.report("chain", len(changed)+len(ch.del))
+		x.report("jump", len(ch.jumps)+len(ch.append))
+	}
+	x.unread = x.unread || !ch.empty()
 	x.believe(want, f, !ch.empty())
 	x.total = total
 	x.countRules(total, differs)
-	if !drift {
-		return nil
-	}
-	x.report("chain", len(changed)+len(ch.del))
-	x.report("jump", len(ch.jumps)+len(ch.append))
-	return x.learnOdd(ctx, c, want, changed)
+	return nil
 }
 
 // changeAll is what a full comparison finds besides chains to write.
@@ -352,25 +352,22 @@ func (x *Proxier) report(object string, n int) {
 // oddity is a chain that reads back differently than it was written.
 type oddity struct{ reads, written uint64 }
 
-// learnOdd reads back chains that were just repaired. Another version of
-// iptables may print a rule differently than we write it; without this such a
-// chain would be repaired for ever.
-func (x *Proxier) learnOdd(ctx context.Context, c compiler, want *plan.Set, changed []tableRef) error {
+// learnOdd reads back what was written in full. Another version of iptables may
+// print a rule differently than we write it; without this such a chain would be
+// taken for changed by somebody, and repaired for ever.
+func (x *Proxier) learnOdd(ctx context.Context) error {
 	token := x.token
 	have, err := x.kernel.read(ctx)
 	if err != nil {
 		return err
 	}
 	if now, ok := x.kernel.token(); !ok || now != token {
-		return nil // somebody else wrote: nothing can be learnt
+		return nil // somebody else wrote: nothing can be learnt now
 	}
-	repaired := make(map[tableRef]bool, len(changed))
-	for _, ref := range changed {
-		repaired[ref] = true
-	}
-	c.everything(want, &x.o, x.keep, func(ch tableChain) {
+	x.unread = false
+	newCompiler(&x.o, x.applied).everything(x.applied, &x.o, x.keep, func(ch tableChain) {
 		ref := tableRef{ch.table, ch.name}
-		if h, ok := have.chains[ref]; ok && repaired[ref] && h != hashRules(ch.rules) {
+		if h, ok := have.chains[ref]; ok && h != hashRules(ch.rules) {
 			x.odd[ref] = oddity{h, hashRules(ch.rules)}
 		}
 	})
@@ -444,6 +441,9 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	}
 	if !force {
 		token, ok := x.kernel.token()
+		if ok && token == x.token && x.unread {
+			return false, x.learnOdd(ctx)
+		}
 		if !ok || token == x.token || x.now().Sub(x.verified) < checkShare*x.verifyCost {
 			return false, nil
 		}
