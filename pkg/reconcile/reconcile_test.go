@@ -16,9 +16,12 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/state"
 )
 
+// mu guards what the loop and the test share; the bubble orders them, but the
+// race detector does not know.
+var mu sync.Mutex
+
 // plane is a Dataplane that takes some time and fails when told to.
 type plane struct {
-	mu      sync.Mutex // what tests set while the loop runs
 	takes   time.Duration
 	fail    error
 	broken  error // what Check finds
@@ -30,9 +33,9 @@ type plane struct {
 }
 
 func (p *plane) Sync(ctx context.Context, want *plan.Set) error {
-	p.mu.Lock()
+	mu.Lock()
 	takes, fail := p.takes, p.fail
-	p.mu.Unlock()
+	mu.Unlock()
 	select {
 	case <-time.After(takes):
 	case <-ctx.Done():
@@ -41,16 +44,22 @@ func (p *plane) Sync(ctx context.Context, want *plan.Set) error {
 	if fail != nil {
 		return fail
 	}
+	mu.Lock()
+	defer mu.Unlock()
 	p.sets = append(p.sets, want)
 	p.at = append(p.at, time.Now())
 	return nil
 }
 
-func (p *plane) Forget() { p.forgets++ }
+func (p *plane) Forget() {
+	mu.Lock()
+	defer mu.Unlock()
+	p.forgets++
+}
 
 func (p *plane) Check(_ context.Context, force bool) (bool, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	mu.Lock()
+	defer mu.Unlock()
 	p.checks++
 	if force {
 		p.forced++
@@ -60,17 +69,21 @@ func (p *plane) Check(_ context.Context, force bool) (bool, error) {
 	return force, err
 }
 
-type results struct {
-	queued int
-	synced []Result
-}
+type results struct{ synced []Result }
 
-func (r *results) Queued(model.Family) { r.queued++ }
-func (r *results) Synced(x Result)     { r.synced = append(r.synced, x) }
+func (r *results) Queued(model.Family) {}
+
+func (r *results) Synced(x Result) {
+	mu.Lock()
+	defer mu.Unlock()
+	r.synced = append(r.synced, x)
+}
 
 type sink struct{ got []*plan.Set }
 
 func (s *sink) Sync(_ context.Context, want *plan.Set) error {
+	mu.Lock()
+	defer mu.Unlock()
 	s.got = append(s.got, want)
 	return errors.New("a sink's error must not matter")
 }
@@ -95,13 +108,13 @@ func run(t *testing.T, f func(*testing.T, *rig)) {
 		r.loop = New(Options{
 			Family: model.IPv4, Source: r.store, FactsChanged: r.facts, Dataplane: r.plane, Then: []Sink{r.sink},
 			Facts: func(*model.Node) *plan.Facts {
-				r.plane.mu.Lock()
-				defer r.plane.mu.Unlock()
+				mu.Lock()
+				defer mu.Unlock()
 				return &plan.Facts{Family: model.IPv4, NodeName: "n", Zone: r.zone}
 			},
 			Periods: func() Periods {
-				r.plane.mu.Lock()
-				defer r.plane.mu.Unlock()
+				mu.Lock()
+				defer mu.Unlock()
 				return r.periods
 			},
 			Observer: r.results, Log: slog.New(slog.DiscardHandler),
@@ -128,14 +141,23 @@ func (r *rig) service(i int) {
 
 // set changes what the loop reads.
 func (r *rig) set(change func()) {
-	r.plane.mu.Lock()
-	defer r.plane.mu.Unlock()
+	mu.Lock()
+	defer mu.Unlock()
 	change()
 }
 
 func wait(d time.Duration) {
+	mu.Lock()
+	mu.Unlock()   //nolint:staticcheck // orders what the test has read before what the loop writes
 	time.Sleep(d) // the bubble's clock
 	synctest.Wait()
+	fence()
+}
+
+// fence orders what the test has read or will read and what the loop writes.
+func fence() {
+	mu.Lock()
+	defer mu.Unlock()
 }
 
 func TestNothingIsWrittenBeforeTheFirstLists(t *testing.T) {
