@@ -227,7 +227,7 @@ func TestAPIServerOutage(t *testing.T) {
 	for _, svc := range []*corev1.Service{steady, changed, deleted} {
 		answeredBy(t, from, clusterIP(svc), "pod1", "pod2")
 	}
-	client := connectAllTheTime(t, from, []target{{clusterIP(steady), []string{"pod1", "pod2"}}, {clusterIP(changed), []string{"pod1", "pod2", "pod3"}}})
+	client := connectAllTheTime(t, c.lab.Host("node1"), from, []target{{clusterIP(steady), []string{"pod1", "pod2"}}, {clusterIP(changed), []string{"pod1", "pod2", "pod3"}}})
 	client.more(t, length)
 
 	c.apiserver.stop(syscall.SIGKILL)
@@ -297,7 +297,7 @@ func TestKill(t *testing.T) {
 			return err
 		})
 	}
-	client := connectAllTheTime(t, from, targets)
+	client := connectAllTheTime(t, c.lab.Host("node1"), from, targets)
 	client.more(t, 100)
 	// Endpoints of one Service change all the time between sets that share pod2.
 	stop, sets := make(chan struct{}), [][]string{{"pod2"}, {"pod2", "pod4"}}

@@ -61,10 +61,13 @@ func (e *RestoreError) Unwrap() error { return e.Err }
 func (r *Runner) Restore(ctx context.Context, write func(w *bufio.Writer)) error {
 	for try := 1; ; try++ {
 		start := time.Now()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		err := r.restoreOnce(ctx, write)
 		var exit *exec.ExitError
-		if err == nil || ctx.Err() != nil {
-			return errors.Join(err, ctx.Err())
+		if err == nil {
+			return nil
 		}
 		if !errors.As(err, &exit) || exit.ExitCode() != exitLocked || try == lockTries {
 			if r.Stats.Failed != nil {
@@ -83,7 +86,15 @@ func (r *Runner) Restore(ctx context.Context, write func(w *bufio.Writer)) error
 	}
 }
 
+// restoreTimeout is when a restore is given up for hung. Loading the largest
+// ruleset takes seconds; the lock is waited for apart from that.
+const restoreTimeout = 5 * time.Minute
+
+// restoreOnce lets a restore that has begun finish also when ctx ends, so that a
+// stop never leaves one table changed and the other not.
 func (r *Runner) restoreOnce(ctx context.Context, write func(w *bufio.Writer)) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTimeout)
+	defer cancel()
 	cmd := command(ctx, r.Programs.Restore, "-w", lockWait, "--noflush")
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
