@@ -5,7 +5,10 @@
 export PATH := $(PATH):/usr/sbin:/sbin:/usr/local/go/bin
 
 MODE     ?= iptables
-VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# The nearest tag, or the commit before there is any; always vX.Y.Z first, which
+# component-base insists on.
+VERSION  ?= $(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null || \
+	echo v0.1.0-g$$(git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown))
 FUZZTIME ?= 30s
 LDFLAGS   = -s -w -X k8s.io/component-base/version.gitVersion=$(VERSION)
 

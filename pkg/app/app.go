@@ -212,6 +212,14 @@ func (a *agent) registerMetrics(cfg *config.Config, planes []*dataplane) error {
 	v := version.Get()
 	metrics.SetBuild(v.GitVersion, v.GitCommit)
 	metrics.SetMode(string(cfg.Mode), string(a.chosen))
+	for gate, on := range cfg.FeatureGates {
+		metrics.SetFeature(gate, "", on)
+	}
+	for _, f := range families {
+		for _, object := range []string{"chain", "jump"} {
+			metrics.DriftRepaired(object, f) // a counter that is there can be alerted on
+		}
+	}
 	return nil
 }
 
