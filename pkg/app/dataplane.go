@@ -14,6 +14,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/node"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier/iptables"
+	"github.com/sluice-proxy/sluice/proxier/nftables"
 )
 
 type detector = iptables.Detector
@@ -52,6 +53,11 @@ func (a *agent) dataplanes(ctx context.Context, cfg *config.Config) ([]*dataplan
 			continue
 		}
 		a.log.Info("Using iptables", "ipFamily", f, "variant", host.Programs.Variant, "why", host.Why)
+		if removed, err := nftables.RemoveKubeProxy(f); err != nil {
+			a.log.Warn("kube-proxy's nftables table may still be there, and translate connections a second time", "ipFamily", f, "err", err)
+		} else if removed {
+			a.log.Info("Removed the table of kube-proxy's nftables mode", "ipFamily", f)
+		}
 		d := a.detectorFor(cfg, f)
 		a.detectors[f] = d
 		p := &dataplane{family: f, a: a, refusals: map[model.PortKey]error{}}

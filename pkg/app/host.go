@@ -10,6 +10,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/node"
 	"github.com/sluice-proxy/sluice/proxier/iptables"
+	"github.com/sluice-proxy/sluice/proxier/nftables"
 )
 
 // prepareHost sets what the node's kernel needs. Nothing of it is a reason not
@@ -44,16 +45,19 @@ func InitOnly(_ context.Context, cfg *config.Config, log *slog.Logger) error {
 }
 
 // Cleanup removes everything that Sluice or kube-proxy wrote to the node in
-// iptables mode, and nothing else.
+// iptables and nftables mode, and nothing else.
 func Cleanup(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	var errs []error
 	for _, f := range []model.Family{model.IPv4, model.IPv6} {
 		if err := iptables.CleanupHost(ctx, f); err != nil {
 			errs = append(errs, fmt.Errorf("clean up %s: %w", f, err))
 		}
+		if _, err := nftables.RemoveKubeProxy(f); err != nil {
+			errs = append(errs, err)
+		}
 	}
 	if len(errs) == 0 {
-		log.Info("All rules of Sluice and of kube-proxy's iptables mode are removed; this node forwards no Service any more")
+		log.Info("All rules of Sluice and of kube-proxy's iptables and nftables modes are removed; this node forwards no Service any more")
 	}
 	return errors.Join(errs...)
 }
