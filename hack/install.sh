@@ -30,7 +30,6 @@ commands() {
 	END
 	image) cat <<-'END' ;;
 		buildah     buildah
-		crun        crun
 		debootstrap debootstrap
 	END
 	*) echo "install.sh: unknown group $1" >&2; return 1 ;;

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"unicode/utf8"
+)
+
+// printer writes what people read, and remembers what went wrong.
+type printer struct {
+	out    io.Writer
+	color  bool
+	failed []string
+	shown  int
+}
+
+// wantsColor follows no-color.org.
+func wantsColor(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+}
+
+const (
+	bold  = "1"
+	dim   = "2"
+	green = "32"
+	red   = "1;31"
+)
+
+func (p *printer) paint(color, text string) string {
+	if !p.color {
+		return text
+	}
+	return "\x1b[" + color + "m" + text + "\x1b[0m"
+}
+
+func (p *printer) line(format string, args ...any) { fmt.Fprintf(p.out, format+"\n", args...) }
+
+func (p *printer) heading(text string) { p.line("\n%s", p.paint(bold, text)) }
+
+// command shows what somebody could type, and what comes then.
+func (p *printer) command(command, output string) {
+	p.line("\n  %s", p.paint(bold, "$ "+command))
+	for line := range strings.Lines(strings.TrimRight(output, "\n") + "\n") {
+		p.line("%s", strings.TrimRight("  "+line, " \n"))
+	}
+}
+
+// row is a line of a table: what was tried, its cells, and what is wrong with it.
+type row struct {
+	cells []string
+	err   error
+}
+
+// table prints rows as they come: widths are given by a header whose cells are
+// padded to them.
+type table struct {
+	p      *printer
+	widths []int
+}
+
+func (p *printer) table(header ...string) *table {
+	t := &table{p: p}
+	for _, h := range header {
+		t.widths = append(t.widths, utf8.RuneCountInString(h))
+	}
+	for i := range header {
+		header[i] = strings.TrimRight(header[i], " ")
+	}
+	if strings.Join(header, "") != "" {
+		p.line("      %s", p.paint(dim, t.format(header)))
+	}
+	return t
+}
+
+func (t *table) format(cells []string) string {
+	var b strings.Builder
+	for i, c := range cells {
+		b.WriteString(c)
+		if i < len(cells)-1 {
+			b.WriteString(strings.Repeat(" ", max(0, t.widths[i]-utf8.RuneCountInString(c))+2))
+		}
+	}
+	return strings.TrimRight(b.String(), " ")
+}
+
+// add prints a row.
+func (t *table) add(r row) {
+	t.p.shown++
+	if r.err == nil {
+		t.p.line("  %s  %s", t.p.paint(green, "ok"), t.format(r.cells))
+		return
+	}
+	t.p.line("  %s  %s", t.p.paint(red, "NO"), t.format(r.cells))
+	t.p.line("      %s", t.p.paint(red, r.err.Error()))
+	t.p.failed = append(t.p.failed, fmt.Sprintf("%s: %v", strings.TrimSpace(r.cells[0]), r.err))
+}
+
+// verdict ends the demo.
+func (p *printer) verdict(w *world) error {
+	if len(p.failed) > 0 {
+		return errors.New(fmt.Sprintf("%d of %d things are not as they should be:\n  - ", len(p.failed), p.shown) +
+			strings.Join(p.failed, "\n  - ") + w.agentLog())
+	}
+	p.line("\n%s", p.paint(green, fmt.Sprintf("All %d as it should be.", p.shown))+
+		" The namespaces and everything in them are gone; nothing of this machine was changed.")
+	return nil
+}
