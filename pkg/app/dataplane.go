@@ -27,8 +27,26 @@ type dataplane struct {
 	options iptables.Options
 	a       *agent
 
+	alone bool // what kube-proxy left in another mode has been removed
+
 	mu       sync.Mutex
 	refusals map[model.PortKey]error
+}
+
+// Sync implements reconcile.Dataplane. When our rules are in force for the first
+// time, and not before, it removes those of kube-proxy's nftables mode: until
+// then they serve.
+func (p *dataplane) Sync(ctx context.Context, want *plan.Set) error {
+	if err := p.Proxier.Sync(ctx, want); err != nil || p.alone {
+		return err
+	}
+	p.alone = true
+	if removed, err := nftables.RemoveKubeProxy(p.family); err != nil {
+		p.a.log.Warn("The table of kube-proxy's nftables mode may still be there and serve by an old state", "ipFamily", p.family, "err", err)
+	} else if removed {
+		p.a.log.Info("Removed the table of kube-proxy's nftables mode", "ipFamily", p.family)
+	}
+	return nil
 }
 
 // dataplanes makes the proxiers of the families that this machine can do.
@@ -53,11 +71,6 @@ func (a *agent) dataplanes(ctx context.Context, cfg *config.Config) ([]*dataplan
 			continue
 		}
 		a.log.Info("Using iptables", "ipFamily", f, "variant", host.Programs.Variant, "why", host.Why)
-		if removed, err := nftables.RemoveKubeProxy(f); err != nil {
-			a.log.Warn("kube-proxy's nftables table may still be there, and translate connections a second time", "ipFamily", f, "err", err)
-		} else if removed {
-			a.log.Info("Removed the table of kube-proxy's nftables mode", "ipFamily", f)
-		}
 		d := a.detectorFor(cfg, f)
 		a.detectors[f] = d
 		p := &dataplane{family: f, a: a, refusals: map[model.PortKey]error{}}
