@@ -22,7 +22,7 @@ func (w *world) whatToSee(ctx context.Context, p *printer) error {
 		}
 		p.command("curl -s localhost:10249"+look.path, text)
 		if !strings.Contains(text, look.wants) {
-			return fmt.Errorf("the page %s does not say %q", look.path, look.wants)
+			p.fail(look.path, fmt.Errorf("the page does not say %q", look.wants))
 		}
 	}
 	return w.showChain(ctx, p)

@@ -105,13 +105,21 @@ func inUserNamespace(stderr io.Writer) {
 }
 
 // show runs the demo. It returns an error if anything is not as it should be.
-func show(ctx context.Context, o options, out io.Writer) (err error) {
+func show(ctx context.Context, o options, out io.Writer) error {
 	p := &printer{out: out, color: o.color}
 	w, err := build(o)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, w.close()) }()
+	err = w.show(ctx, p)
+	if err = errors.Join(err, w.close()); err == nil {
+		p.line("\n%s The namespaces and all that was in them are gone; this machine is as before.",
+			p.paint(green, fmt.Sprintf("All %d as it should be.", p.shown)))
+	}
+	return err
+}
+
+func (w *world) show(ctx context.Context, p *printer) error {
 	took, err := w.startAgent(ctx)
 	if err != nil {
 		return err
@@ -122,5 +130,8 @@ func show(ctx context.Context, o options, out io.Writer) (err error) {
 			return err
 		}
 	}
-	return p.verdict(w)
+	if err := p.failure(); err != nil {
+		return fmt.Errorf("%w%s", err, w.agentLog())
+	}
+	return nil
 }

@@ -95,17 +95,19 @@ func (t *table) add(r row) {
 		return
 	}
 	t.p.line("  %s  %s", t.p.paint(red, "NO"), t.format(r.cells))
-	t.p.line("      %s", t.p.paint(red, r.err.Error()))
-	t.p.failed = append(t.p.failed, fmt.Sprintf("%s: %v", strings.TrimSpace(r.cells[0]), r.err))
+	t.p.line("      %s", t.p.paint(red, strings.ReplaceAll(r.err.Error(), "\n", "; ")))
+	t.p.fail(r.cells[0], r.err)
 }
 
-// verdict ends the demo.
-func (p *printer) verdict(w *world) error {
-	if len(p.failed) > 0 {
-		return errors.New(fmt.Sprintf("%d of %d things are not as they should be:\n  - ", len(p.failed), p.shown) +
-			strings.Join(p.failed, "\n  - ") + w.agentLog())
+func (p *printer) fail(what string, err error) {
+	p.failed = append(p.failed, fmt.Sprintf("%s: %s", what, strings.ReplaceAll(err.Error(), "\n", "; ")))
+}
+
+// failure names what went wrong; nil if nothing did.
+func (p *printer) failure() error {
+	if len(p.failed) == 0 {
+		return nil
 	}
-	p.line("\n%s", p.paint(green, fmt.Sprintf("All %d as it should be.", p.shown))+
-		" The namespaces and everything in them are gone; nothing of this machine was changed.")
-	return nil
+	return errors.New("not as it should be:\n  - " +
+		strings.Join(p.failed, "\n  - "))
 }

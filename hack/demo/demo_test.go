@@ -1,0 +1,254 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sluice-proxy/sluice/test/netlab"
+)
+
+// asDemo makes this test binary be the demo, for tests that need a process.
+const asDemo = "SLUICE_TEST_AS_DEMO"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asDemo) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// agentProgram builds the agent.
+func agentProgram(t *testing.T) string {
+	t.Helper()
+	if err := netlab.Supported(); err != nil {
+		t.Skip(err)
+	}
+	path := filepath.Join(t.TempDir(), "sluice")
+	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/sluice").CombinedOutput(); err != nil {
+		t.Fatalf("build the agent: %v\n%s", err, out)
+	}
+	return path
+}
+
+func TestDemo(t *testing.T) {
+	agent := agentProgram(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	var out, errs bytes.Buffer
+	status := execute(options{agent: agent, manifests: "../../examples", mode: "iptables", limit: 2 * time.Minute}, &out, &errs)
+	if status != allWell {
+		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
+	}
+	for _, want := range []string{
+		`(?m)^  ok  ClusterIP .* web-1 \d+  web-2 \d+  web-3 \d+ +kept$`,
+		`(?m)^  ok  NodePort.* masqueraded: 172\.18\.0\.11$`,
+		`(?m)^  ok  externalTrafficPolicy: Local .* web-1 \d+  web-2 \d+ +kept$`,
+		`(?m)^  ok  sessionAffinity`, `(?m)^  ok  no endpoints .* refused after \d+ µs$`,
+		`(?m)^  ok  an endpoint moves.* \d+ ms`, `(?m)^  ok  iptables -t nat -F KUBE-SERVICES`,
+		`(?m)^  \$ curl -s localhost:10249/proxyMode\n  iptables$`, `-A KUBE-SVC-[A-Z2-7]{16} `,
+		`(?m)^  ok  sluice --cleanup`,
+	} {
+		if !regexp.MustCompile(want).MatchString(out.String()) {
+			t.Errorf("nothing matches %s", want)
+		}
+	}
+	if strings.Contains(out.String(), "\x1b") {
+		t.Error("colour without a terminal")
+	}
+	if t.Failed() {
+		t.Log(out.String())
+	}
+	leavesNothing(t)
+}
+
+// leavesNothing looks into TMPDIR, which the test has made its own. An agent
+// that still runs would have its folder there.
+func leavesNothing(t *testing.T) {
+	t.Helper()
+	left, err := filepath.Glob(filepath.Join(os.Getenv("TMPDIR"), "*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %s %v", left, err)
+	}
+}
+
+func TestBrokenManifestsFail(t *testing.T) {
+	agent := agentProgram(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS("../../examples")); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "local-policy.yaml")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	broken := bytes.Replace(text, []byte("externalTrafficPolicy: Local\n"), []byte("externalTrafficPolicy: Cluster\n"), 1)
+	if err := os.WriteFile(path, broken, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var out, errs bytes.Buffer
+	status := execute(options{agent: agent, manifests: dir, mode: "iptables", limit: 2 * time.Minute}, &out, &errs)
+	if status != notAsWanted {
+		t.Errorf("status %d\n%s\n%s", status, errs.String(), out.String())
+	}
+	for _, want := range []string{"not as it should be:", "externalTrafficPolicy: Local: ", "the end of the agent's log"} {
+		if !strings.Contains(errs.String(), want) {
+			t.Errorf("the message does not say %q:\n%s", want, errs.String())
+		}
+	}
+	leavesNothing(t)
+}
+
+func TestAgentThatDoesNotStart(t *testing.T) {
+	if err := netlab.Supported(); err != nil {
+		t.Skip(err)
+	}
+	t.Setenv("TMPDIR", t.TempDir())
+	program := filepath.Join(t.TempDir(), "sluice")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\necho no such flag >&2\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var out, errs bytes.Buffer
+	status := execute(options{agent: program, manifests: "../../examples", mode: "iptables", limit: time.Minute}, &out, &errs)
+	if status != notAsWanted || !strings.Contains(errs.String(), "the agent ended") || !strings.Contains(errs.String(), "no such flag") {
+		t.Errorf("status %d: %s", status, errs.String())
+	}
+	leavesNothing(t)
+}
+
+// TestInterrupted stops the demo with Ctrl-C when its first table is there, and
+// another one by kill -9: of that one only the temporary folder may remain.
+func TestInterrupted(t *testing.T) {
+	agent := agentProgram(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Setenv("TMPDIR", t.TempDir())
+			cmd := exec.Command(self, "--agent", agent, "--manifests", "../../examples", "--limit", "2m")
+			cmd.Env = append(os.Environ(), asDemo+"=1")
+			out := &trigger{text: "Who answers", at: make(chan struct{})}
+			cmd.Stdout, cmd.Stderr = out, out
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			select {
+			case <-out.at:
+				_ = cmd.Process.Signal(sig)
+				err = <-ended
+			case err = <-ended:
+			}
+			var exit *exec.ExitError
+			switch {
+			case sig == syscall.SIGKILL:
+				dirs, _ := filepath.Glob(filepath.Join(os.Getenv("TMPDIR"), "sluice-demo-*"))
+				if len(dirs) != 1 {
+					t.Errorf("folders of the killed demo: %s", dirs)
+				}
+			case !errors.As(err, &exit) || exit.ExitCode() != interrupted:
+				t.Errorf("ended with %v, not status %d:\n%s", err, interrupted, out.all.String())
+			default:
+				leavesNothing(t)
+			}
+			agentGone(t, agent)
+		})
+	}
+}
+
+// agentGone waits until no process runs the agent's program.
+func agentGone(t *testing.T, program string) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		var found []string
+		exes, _ := filepath.Glob("/proc/[0-9]*/exe")
+		for _, exe := range exes {
+			if to, err := os.Readlink(exe); err == nil && to == program {
+				found = append(found, exe)
+			}
+		}
+		if len(found) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent still runs: %s", found)
+		}
+	}
+}
+
+// trigger is a buffer that tells when a text has come.
+type trigger struct {
+	all  bytes.Buffer
+	text string
+	at   chan struct{}
+	seen bool
+}
+
+func (b *trigger) Write(p []byte) (int, error) {
+	n, err := b.all.Write(p)
+	if !b.seen && strings.Contains(b.all.String(), b.text) {
+		b.seen = true
+		close(b.at)
+	}
+	return n, err
+}
+
+func TestOtherModes(t *testing.T) {
+	for _, mode := range []string{"ipvs", "nftables", "userspace"} {
+		var out, errs bytes.Buffer
+		if got := execute(options{mode: mode}, &out, &errs); got != cannotRun || !strings.Contains(errs.String(), "not in this version") {
+			t.Errorf("%s: status %d: %s", mode, got, errs.String())
+		}
+	}
+}
+
+func TestTable(t *testing.T) {
+	var out bytes.Buffer
+	p := &printer{out: &out}
+	tab := p.table("WHAT   ", "WHO  ", "HOW")
+	tab.add(row{[]string{"µs", "web-1", "kept"}, nil})
+	tab.add(row{[]string{"longer than it", "a", ""}, errors.New("nobody came")})
+	want := `      WHAT     WHO    HOW
+  ok  µs       web-1  kept
+  NO  longer than it  a
+      nobody came
+`
+	if out.String() != want {
+		t.Errorf("got\n%swant\n%s", out.String(), want)
+	}
+	if err := p.failure(); err == nil || err.Error() != "not as it should be:\n  - longer than it: nobody came" {
+		t.Errorf("failure: %v", err)
+	}
+	if p := (&printer{out: &out, color: true}); p.paint(green, "ok") != "\x1b[32mok\x1b[0m" {
+		t.Error("no colour")
+	}
+}
+
+func TestJudges(t *testing.T) {
+	three := tally{answered: 300, servers: map[string]int{"web-1": 100, "web-2": 90, "web-3": 110}, kept: 300}
+	if err := three.even(servers); err != nil {
+		t.Error(err)
+	}
+	for name, bad := range map[string]error{
+		"one has all":      tally{answered: 300, servers: map[string]int{"web-1": 300}}.even(servers),
+		"a fourth answers": three.even(local),
+		"not answered":     tally{answered: 299, servers: three.servers, bad: errors.New("refused")}.even(servers),
+		"source lost":      tally{answered: 2, kept: 1}.sourceKept(),
+		"source not lost":  three.masqueradedBy(hosts().Clients[0].Addrs[0]),
+	} {
+		if bad == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
