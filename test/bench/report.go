@@ -1,0 +1,297 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+)
+
+// reading is one figure.
+type reading struct {
+	Value float64 `json:"value"`
+	Over  bool    `json:"over,omitempty"` // it is more: Value is where the benchmark gave up
+	N     int     `json:"n,omitempty"`    // of how many samples
+	Note  string  `json:"note,omitempty"`
+}
+
+// result is what was read of one program with one variant.
+type result struct {
+	Program    string             `json:"program"`
+	Version    string             `json:"version"`
+	Variant    string             `json:"variant"`
+	LoadBefore string             `json:"loadBefore"`
+	LoadAfter  string             `json:"loadAfter"`
+	Readings   map[string]reading `json:"readings"`
+
+	mu sync.Mutex
+}
+
+func (r *result) set(id string, v reading) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.Readings[id] = v
+}
+
+func (r *result) get(id string) float64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.Readings[id].Value
+}
+
+// report is everything that one run of the benchmark has to say.
+type report struct {
+	Date      string    `json:"date"`
+	Kernel    string    `json:"kernel"`
+	CPU       string    `json:"cpu"`
+	CPUs      int       `json:"cpus"`
+	IPTables  string    `json:"iptables"`
+	Command   string    `json:"command"`
+	Mode      string    `json:"mode"`
+	Services  int       `json:"services"`
+	Endpoints int       `json:"endpointsEach"`
+	Results   []*result `json:"results"`
+	Skipped   []string  `json:"skipped,omitempty"`
+
+	variants []string
+}
+
+func newReport(s *settings) *report {
+	r := &report{Date: time.Now().UTC().Format("2006-01-02 15:04 UTC"), Command: "bench " + strings.Join(os.Args[1:], " "), CPUs: runtime.NumCPU(),
+		Mode: s.mode, Services: s.services, Endpoints: s.endpoints, variants: s.variants}
+	if data, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		r.Kernel = strings.TrimSpace(string(data))
+	}
+	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(data)) {
+			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				r.CPU = strings.TrimSpace(value)
+				break
+			}
+		}
+	}
+	if out, err := exec.Command("iptables", "--version").Output(); err == nil {
+		r.IPTables, _, _ = strings.Cut(strings.TrimSpace(string(out)), " (")
+	}
+	return r
+}
+
+func (r *report) add(x *result) { r.Results = append(r.Results, x) }
+
+func (r *report) skip(format string, args ...any) {
+	r.Skipped = append(r.Skipped, fmt.Sprintf(format, args...))
+}
+
+// metric is a row of the table.
+type metric struct {
+	id, title, unit string
+	target          map[string]float64 // by variant; "" for all
+}
+
+func (m metric) targetOf(variant string) (float64, bool) {
+	if v, ok := m.target[variant]; ok {
+		return v, true
+	}
+	v, ok := m.target[""]
+	return v, ok
+}
+
+func all(v float64) map[string]float64 { return map[string]float64{"": v} }
+
+// Targets are the project's, for 10,000 Services with 10 endpoints each.
+var metrics = []metric{
+	{"cold.important", "cold start until kubernetes.default and DNS answer", "s", all(0.3)},
+	{"cold.all", "cold start until every Service answers", "s", all(6)},
+	{"cold.cpu", "CPU time of a cold start", "s", nil},
+	{"change.p50", "endpoint change until traffic follows, median", "ms", nil},
+	{"change.p99", "endpoint change until traffic follows, p99", "ms", map[string]float64{"legacy": 800, "nft": 250}},
+	{"change.failed", "connections lost during these changes", "", all(0)},
+	{"change.cpu", "CPU time per 1,000 endpoint changes", "s", nil},
+	{"change.behind", "traffic follows the last of many changes after", "s", nil},
+	{"rss.start", "memory after the cold start", "MiB", all(90)},
+	{"rss.steady", "memory after all changes", "MiB", all(90)},
+	{"rss.peak", "memory, peak", "MiB", all(130)},
+	{"rss.children", "memory, peak of one iptables program", "MiB", nil},
+	{"rss.together", "memory, peak of the process and its programs", "MiB", nil},
+	{"conn.service", "new connection to a Service, added latency", "us", all(15)},
+	{"conn.slowest", "the same, slowest of 20 Services", "us", nil},
+	{"conn.other", "new connection to no Service, added latency", "us", all(15)},
+}
+
+const targetServices, targetEndpoints = 10000, 10
+
+// print writes the table for people. It is Markdown as well.
+func (r *report) print(w io.Writer) {
+	fmt.Fprintf(w, "\n%d Services with %d endpoints each, %s mode, %s\n", r.Services, r.Endpoints, r.Mode, r.Date)
+	fmt.Fprintf(w, "Linux %s, %d x %s, %s\n", r.Kernel, r.CPUs, r.CPU, r.IPTables)
+	for _, v := range r.variants {
+		p, o := r.find(peer, v), r.find(ours, v)
+		fmt.Fprintf(w, "\n### iptables, %s variant\n\n", v)
+		for _, x := range []*result{p, o} {
+			if x != nil {
+				fmt.Fprintf(w, "%s: %s; load average %s before, %s after\n", x.Program, x.Version, x.LoadBefore, x.LoadAfter)
+			}
+		}
+		fmt.Fprintln(w)
+		r.printTable(w, v, p, o)
+		for _, x := range []*result{p, o} {
+			if base, ok := x.reading("conn.base"); ok {
+				fmt.Fprintf(w, "\nBeside %s, a connection took %.0f us where there are no rules.\n", x.Program, base.Value)
+			}
+		}
+	}
+	for _, s := range r.Skipped {
+		fmt.Fprintf(w, "\nNot measured: %s\n", s)
+	}
+}
+
+func (r *report) find(program, variant string) *result {
+	for _, x := range r.Results {
+		if x.Program == program && x.Variant == variant {
+			return x
+		}
+	}
+	return nil
+}
+
+func (r *report) printTable(w io.Writer, variant string, p, o *result) {
+	rows := [][]string{{"", "kube-proxy", "Sluice", "ratio", "target", ""}}
+	var notes []string
+	for _, m := range metrics {
+		a, aok := p.reading(m.id)
+		b, bok := o.reading(m.id)
+		row := []string{m.title, m.show(a, aok), m.show(b, bok), ratio(a, aok, b, bok), "", ""}
+		if t, ok := m.targetOf(variant); ok {
+			row[4] = "<= " + number(t) + unit(m.unit)
+			if bok && r.Services == targetServices && r.Endpoints == targetEndpoints {
+				row[5] = "missed"
+				if b.Value <= t && !b.Over {
+					row[5] = "met"
+				}
+			}
+		}
+		for _, x := range []struct {
+			who string
+			reading
+		}{{peer, a}, {ours, b}} {
+			if x.Note != "" {
+				notes = append(notes, fmt.Sprintf("%s, %s: %s", x.who, m.title, x.Note))
+			}
+		}
+		rows = append(rows, row)
+	}
+	align(w, rows)
+	for _, n := range notes {
+		fmt.Fprintf(w, "\nNote: %s\n", n)
+	}
+}
+
+func (r *result) reading(id string) (reading, bool) {
+	if r == nil {
+		return reading{}, false
+	}
+	v, ok := r.Readings[id]
+	return v, ok
+}
+
+func (m metric) show(v reading, ok bool) string {
+	switch {
+	case !ok:
+		return "-"
+	case v.Over:
+		return "> " + number(v.Value) + unit(m.unit)
+	case strings.HasPrefix(m.id, "conn."):
+		return fmt.Sprintf("%+.0f", v.Value) + unit(m.unit)
+	}
+	return number(v.Value) + unit(m.unit)
+}
+
+func unit(u string) string {
+	if u == "" {
+		return ""
+	}
+	return " " + u
+}
+
+// number keeps about three digits.
+func number(v float64) string {
+	switch {
+	case v == float64(int64(v)):
+		return fmt.Sprintf("%d", int64(v))
+	case v >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case v >= 10:
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.2f", v)
+}
+
+// ratio says how many times more the peer needs. Differences that are next to
+// nothing, or negative by noise, have none.
+func ratio(p reading, pok bool, o reading, ook bool) string {
+	if !pok || !ook || p.Value <= 0 || o.Value <= 0 || o.Over {
+		return ""
+	}
+	sign := ""
+	if p.Over {
+		sign = "> "
+	}
+	return fmt.Sprintf("%s%.1fx", sign, p.Value/o.Value)
+}
+
+func align(w io.Writer, rows [][]string) {
+	width := make([]int, len(rows[0]))
+	for _, row := range rows {
+		for i, cell := range row {
+			width[i] = max(width[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for n, row := range rows {
+		line := "|"
+		for i, cell := range row {
+			pad := strings.Repeat(" ", width[i]-utf8.RuneCountInString(cell))
+			if i == 0 || i == len(row)-1 {
+				line += " " + cell + pad + " |"
+			} else {
+				line += " " + pad + cell + " |"
+			}
+		}
+		fmt.Fprintln(w, line)
+		if n > 0 {
+			continue
+		}
+		line = "|"
+		for i := range row {
+			bar := strings.Repeat("-", width[i])
+			if i == 0 || i == len(row)-1 {
+				line += " " + bar + " |"
+			} else {
+				line += " " + bar + ":|"
+			}
+		}
+		fmt.Fprintln(w, line)
+	}
+}
+
+// complete says whether every figure of every program was taken.
+func (r *report) complete(programs []string) bool {
+	for _, v := range r.variants {
+		for _, p := range programs {
+			x := r.find(p, v)
+			if x == nil {
+				return false
+			}
+			for _, m := range metrics {
+				if _, ok := x.Readings[m.id]; !ok {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
