@@ -23,9 +23,8 @@ type file struct {
 	imports []string
 }
 
-func (f file) dir() string  { return path.Dir(f.path) }
-func (f file) test() bool   { return strings.HasSuffix(f.path, "_test.go") }
-func (f file) base() string { return path.Base(f.path) }
+func (f file) dir() string { return path.Dir(f.path) }
+func (f file) test() bool  { return strings.HasSuffix(f.path, "_test.go") }
 
 // rule says what files may not import, and why. A rule that does not apply to a
 // file's tests says so: tests may start programs and make Kubernetes objects.

@@ -24,8 +24,6 @@ type agent struct {
 	t    *testing.T
 	node string
 	dir  string // what the pod has mounted
-	args []string
-	caps []string
 }
 
 // startAgent runs the agent on a node as the shipped DaemonSet says: the init
