@@ -39,7 +39,8 @@ type candidate struct {
 // candidates collects a port's endpoints over all slices, sorted by address.
 // The same address can stand in two slices while it moves between them; the
 // version that is not terminating wins, then a ready one, so that the result
-// does not depend on the order of slices.
+// does not depend on the order of slices; of versions that differ in node or
+// hints only, which no controller writes, the first does.
 func candidates(key model.PortKey, epSlices []*model.Slice, family model.Family) []candidate {
 	n := 0
 	for _, sl := range epSlices {

@@ -65,8 +65,8 @@ func addressesOf(svc *model.Service, facts *Facts) addresses {
 }
 
 // sourcesOf returns who may use the load balancer addresses; nil for anybody.
-// A range of length 0 lifts the limit, as in kube-proxy; ranges of the other
-// family do not count, but if only such are given nobody of this one gets in.
+// Ranges of the other family do not count, so that a family for which none is
+// given has no limit, and a range of length 0 lifts it, both as in kube-proxy.
 func sourcesOf(svc *model.Service, vips []netip.Addr, facts *Facts) []netip.Prefix {
 	if len(svc.SourceRanges) == 0 {
 		return nil
@@ -86,7 +86,6 @@ func sourcesOf(svc *model.Service, vips []netip.Addr, facts *Facts) []netip.Pref
 		coversNode = coversNode || (facts.NodeIP.IsValid() && r.Contains(facts.NodeIP))
 	}
 	if !any {
-		// kube-proxy filters ranges by family first and sees an empty list then.
 		return nil
 	}
 	if coversNode {

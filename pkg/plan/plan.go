@@ -68,8 +68,7 @@ type Frontend struct {
 
 	// Sources, if not nil, are the only clients let in (sorted): the family's
 	// loadBalancerSourceRanges, and the load balancer's own addresses where a
-	// range covers the node, which then dials with such a source. It can be
-	// empty: nobody of this family.
+	// range covers the node, which then dials with such a source.
 	Sources []netip.Prefix
 
 	FromPod, FromNode, FromOutside Route
