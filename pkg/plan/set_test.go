@@ -388,3 +388,27 @@ func TestEmptySet(t *testing.T) {
 		t.Errorf("%d plans", len(got))
 	}
 }
+
+// A change of the winner that has nothing to do with the address leaves the
+// loser's plan as it is, and the other way round.
+func TestChangeBesideAClash(t *testing.T) {
+	winner, loser := claimant("a", 1), claimant("b", 2)
+	plans := func(s *Set) (w, l *Plan) {
+		return s.Get(model.PortKey{Namespace: "ns", Name: "a", Protocol: model.TCP}), s.Get(model.PortKey{Namespace: "ns", Name: "b", Protocol: model.TCP})
+	}
+	p := NewPlanner(factsWith())
+	p.Update(winner.ServiceName, winner, nil)
+	p.Update(loser.ServiceName, loser, nil)
+	w, l := plans(p.Set())
+	eps := slice("10.0.0.1@b ready")
+	eps.Ports[0].Name = ""
+	p.Update(winner.ServiceName, winner, []*model.Slice{eps})
+	w2, l2 := plans(p.Set())
+	if w2 == w || l2 != l {
+		t.Errorf("the winner has endpoints now: changed %v; the loser changed %v", w2 != w, l2 != l)
+	}
+	p.Update(loser.ServiceName, loser, []*model.Slice{eps})
+	if w3, l3 := plans(p.Set()); w3 != w2 || l3 == l2 || len(l3.Lost) != 2 {
+		t.Errorf("the loser has endpoints now: changed %v; the winner changed %v", l3 != l2, w3 != w2)
+	}
+}
