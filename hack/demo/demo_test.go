@@ -31,6 +31,11 @@ func agentProgram(t *testing.T) string {
 	if err := netlab.Supported(); err != nil {
 		t.Skip(err)
 	}
+	for _, program := range []string{"iptables", "ip6tables-save", "nsenter"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(err)
+		}
+	}
 	path := filepath.Join(t.TempDir(), "sluice")
 	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/sluice").CombinedOutput(); err != nil {
 		t.Fatalf("build the agent: %v\n%s", err, out)
@@ -62,10 +67,43 @@ func TestDemo(t *testing.T) {
 	if strings.Contains(out.String(), "\x1b") {
 		t.Error("colour without a terminal")
 	}
+	compareREADME(t, out.String())
 	if t.Failed() {
 		t.Log(out.String())
 	}
 	leavesNothing(t)
+}
+
+// compareREADME looks for every line of the demo that the README shows, numbers
+// and blanks aside: they differ from run to run.
+func compareREADME(t *testing.T, out string) {
+	t.Helper()
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, ok := strings.Cut(string(text), "```\nWho answers\n")
+	block, _, end := strings.Cut(block, "```")
+	if !ok || !end {
+		t.Fatal("the README does not show the demo")
+	}
+	number, blanks := regexp.MustCompile(`\d+`), regexp.MustCompile(` +`)
+	plain := func(line string) string {
+		line = blanks.ReplaceAllString(strings.TrimSpace(line), " ")
+		if head, _, ok := strings.Cut(line, "sessionAffinity"); ok {
+			return head // one endpoint of three, whichever
+		}
+		return number.ReplaceAllString(line, "0")
+	}
+	shown := map[string]bool{}
+	for line := range strings.Lines(out) {
+		shown[plain(line)] = true
+	}
+	for line := range strings.Lines(block) {
+		if !shown[plain(line)] {
+			t.Errorf("the README shows a line that the demo does not: %s", line)
+		}
+	}
 }
 
 // leavesNothing looks into TMPDIR, which the test has made its own. An agent
