@@ -62,7 +62,7 @@ func (f *fakeKernel) read(context.Context) (*actual, error) {
 }
 
 func (f *fakeKernel) apply(_ context.Context, ch *change) error {
-	if ch.empty() {
+	if ch.nothing() {
 		return nil
 	}
 	f.writes++
@@ -114,6 +114,11 @@ func (f *fakeKernel) applied(table string, list []tableChain, ch *change) (map[s
 			next[d.name] = nil
 		}
 	}
+	for _, e := range ch.empty {
+		if e.table == table {
+			next[e.name] = nil
+		}
+	}
 	for _, j := range ch.jumps {
 		if j.table == table {
 			next[j.from] = slices.Insert(slices.Clone(next[j.from]), 0, j.text)
@@ -121,6 +126,9 @@ func (f *fakeKernel) applied(table string, list []tableChain, ch *change) (map[s
 	}
 	for _, c := range ch.append {
 		if c.table == table {
+			if _, ok := next[c.name]; !ok {
+				return nil, fmt.Errorf("BUG: rules for %s %s, which is not there", table, c.name)
+			}
 			next[c.name] = append(slices.Clone(next[c.name]), c.rules...)
 		}
 	}

@@ -25,18 +25,20 @@ type change struct {
 	list   []tableChain
 	stream func(emit func(tableChain))
 	del    []tableRef
-	jumps  []jump // to insert at the top of their chains, in this order
+	empty  []tableRef // chains to create, or to empty if they exist
+	jumps  []jump     // to insert at the top of their chains, in this order
 	append []tableChain
 }
 
-func (c *change) empty() bool {
-	return len(c.list) == 0 && c.stream == nil && len(c.del) == 0 && len(c.jumps) == 0 && len(c.append) == 0
+func (c *change) nothing() bool {
+	return len(c.list) == 0 && c.stream == nil && len(c.del) == 0 && len(c.empty) == 0 && len(c.jumps) == 0 && len(c.append) == 0
 }
 
 // actual is what the kernel has, as far as it can be ours.
 type actual struct {
 	chains map[tableRef]uint64          // hash of the content
 	rules  map[tableRef]map[string]bool // rules of built-in chains, and of KUBE-FIREWALL
+	held   map[tableRef]bool            // chains that rules of others lead to
 }
 
 // kernel is the one way to the kernel's tables. The real one is xtKernel; tests
@@ -87,7 +89,7 @@ func hashRules(rules []string) uint64 {
 }
 
 func (k *xtKernel) read(ctx context.Context) (*actual, error) {
-	a := &actual{chains: map[tableRef]uint64{}, rules: map[tableRef]map[string]bool{}}
+	a := &actual{chains: map[tableRef]uint64{}, rules: map[tableRef]map[string]bool{}, held: map[tableRef]bool{}}
 	for _, table := range []string{tableFilter, tableNAT} {
 		hashes := map[string]*maphash.Hash{}
 		err := k.run.Save(ctx, table, func(c xtables.Chain) {
@@ -103,8 +105,14 @@ func (k *xtKernel) read(ctx context.Context) (*actual, error) {
 			if h := hashes[string(name)]; h != nil {
 				_, _ = h.Write(text)
 				_ = h.WriteByte('\n')
-			} else if rules := a.rules[tableRef{table, string(name)}]; rules != nil {
-				rules[string(text)] = true
+				return
+			}
+			rule := string(text)
+			if rules := a.rules[tableRef{table, string(name)}]; rules != nil {
+				rules[rule] = true
+			}
+			if to := jumpTarget(rule); ours(table, to) {
+				a.held[tableRef{table, to}] = true
 			}
 		})
 		if err != nil {
@@ -118,7 +126,7 @@ func (k *xtKernel) read(ctx context.Context) (*actual, error) {
 }
 
 func (k *xtKernel) apply(ctx context.Context, ch *change) error {
-	if ch.empty() {
+	if ch.nothing() {
 		return nil
 	}
 	return k.run.Restore(ctx, func(w *bufio.Writer) {
@@ -204,9 +212,9 @@ func writeRest(w *bytes.Buffer, table string, ch *change) {
 			w.WriteString(":" + d.name + " - [0:0]\n")
 		}
 	}
-	for _, c := range ch.append {
-		if c.table == table {
-			w.WriteString(":" + c.name + " - [0:0]\n")
+	for _, e := range ch.empty {
+		if e.table == table {
+			w.WriteString(":" + e.name + " - [0:0]\n")
 		}
 	}
 	for _, d := range ch.del {

@@ -196,8 +196,8 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 	if err := x.kernel.apply(ctx, ch); err != nil {
 		return err
 	}
-	x.believe(want, next, !ch.empty())
-	if !ch.empty() {
+	x.believe(want, next, !ch.nothing())
+	if !ch.nothing() {
 		for table, n := range d.grown {
 			x.total[table] += n
 		}
@@ -304,11 +304,11 @@ func (x *Proxier) applyAll(ctx context.Context, want *plan.Set, have *actual, ke
 		return err
 	}
 	if x.written {
-		x.report("chain", len(changed)+len(ch.del))
+		x.report("chain", len(changed)+len(ch.del)+len(ch.empty))
 		x.report("jump", len(ch.jumps)+len(ch.append))
 	}
-	x.unread = x.unread || !ch.empty()
-	x.believe(want, f, !ch.empty())
+	x.unread = x.unread || !ch.nothing()
+	x.believe(want, f, !ch.nothing())
 	x.total = total
 	x.countRules(total, differs)
 	return nil
@@ -317,19 +317,30 @@ func (x *Proxier) applyAll(ctx context.Context, want *plan.Set, have *actual, ke
 // changeAll is what a full comparison finds besides chains to write.
 func (x *Proxier) changeAll(c compiler, have *actual, wanted map[tableRef]bool) *change {
 	ch := &change{}
-	for ref := range have.chains {
-		if !wanted[ref] {
+	for ref, h := range have.chains {
+		switch {
+		case wanted[ref]:
+		case !have.held[ref]:
 			ch.del = append(ch.del, ref)
+		case h != hashRules(nil):
+			// The kernel does not delete a chain that somebody's rule leads to, and
+			// would refuse the rest of the change with it.
+			ch.empty = append(ch.empty, ref)
 		}
 	}
 	sortRefs(ch.del)
+	sortRefs(ch.empty)
 	for _, j := range c.jumps() {
 		if !have.rules[tableRef{j.table, j.from}][j.text] {
 			ch.jumps = append(ch.jumps, j)
 		}
 	}
-	if martian, ok := c.martianRule(); ok && !have.rules[tableRef{tableFilter, chainFirewall}][martian] {
-		ch.append = append(ch.append, tableChain{tableFilter, chain{chainFirewall, []string{martian}}})
+	firewall := tableRef{tableFilter, chainFirewall}
+	if martian, ok := c.martianRule(); ok && !have.rules[firewall][martian] {
+		if have.rules[firewall] == nil {
+			ch.empty = append(ch.empty, firewall) // naming it would empty the kubelet's
+		}
+		ch.append = append(ch.append, tableChain{firewall.table, chain{firewall.name, []string{martian}}})
 	}
 	return ch
 }

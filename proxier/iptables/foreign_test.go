@@ -1,0 +1,100 @@
+package iptables
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+)
+
+// TestKernelKubeletsFirewall: KUBE-FIREWALL is the kubelet's too. What it holds
+// stays when our rule is added.
+func TestKernelKubeletsFirewall(t *testing.T) {
+	for _, k := range kernels {
+		if k.family != model.IPv4 {
+			continue
+		}
+		t.Run(string(k.variant), func(t *testing.T) {
+			inNamespace(t)
+			w := newWorld(nil, k.family, 1)
+			o := w.options()
+			o.Programs = programs(t, k.variant, k.family)
+			const theirs = "-m mark --mark 0x8000/0x8000 -j DROP"
+			shell(t, o.Programs, "-N", chainFirewall)
+			shell(t, o.Programs, append([]string{"-A", chainFirewall}, strings.Fields(theirs)...)...)
+			if err := New(o).Sync(context.Background(), w.planner.Set()); err != nil {
+				t.Fatal(err)
+			}
+			got := inKernel(t, o.Programs)
+			if !strings.Contains(got, theirs) || !strings.Contains(got, "localnet") {
+				t.Errorf("KUBE-FIREWALL must have the kubelet's rule and ours:\n%s", got)
+			}
+		})
+	}
+}
+
+// TestKernelHeldChain: a rule of somebody else leads to a Service's chain. When
+// the Service goes, its chain cannot, and everything else must go on.
+func TestKernelHeldChain(t *testing.T) {
+	for _, k := range kernels {
+		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
+			inNamespace(t)
+			w := newWorld(rand.New(rand.NewPCG(11, 12)), k.family, 30)
+			for range 100 {
+				w.step()
+			}
+			o := w.options()
+			o.Programs = programs(t, k.variant, k.family)
+			report := newReport()
+			o.Report = report
+			x := New(o)
+			ctx := context.Background()
+			set := w.planner.Set()
+			if err := x.Sync(ctx, set); err != nil {
+				t.Fatal(err)
+			}
+			held := ""
+			for p := range set.All {
+				if usesOf(p).cluster {
+					held = namesOf(p).cluster()
+					delete(w.svcs, p.PortKey.Name)
+					w.update(p.PortKey.Name)
+					break
+				}
+			}
+			shell(t, o.Programs, "-t", "nat", "-A", "PREROUTING", "-d", w.addr(9, 9).String(), "-j", held)
+			for range 2 {
+				set = w.planner.Set()
+				if err := x.Sync(ctx, set); err != nil {
+					t.Fatal(err)
+				}
+				if looked, err := x.Check(ctx, true); !looked || err != nil {
+					t.Fatalf("looked %v, error %v", looked, err)
+				}
+				without := func(text string) string {
+					var out []string
+					for line := range strings.Lines(text) {
+						if !strings.Contains(line, held) {
+							out = append(out, line)
+						}
+					}
+					return strings.Join(out, "")
+				}
+				if got, want := without(inKernel(t, o.Programs)), without(rendered(set, o)); got != want {
+					t.Fatalf("the others:\n%s", cmp.Diff(want, got))
+				}
+				for range 10 {
+					w.step()
+				}
+			}
+			if len(report.drift) > 0 || len(report.aside) > 0 {
+				t.Errorf("reported drift %v, set aside %v", report.drift, report.aside)
+			}
+		})
+	}
+}
