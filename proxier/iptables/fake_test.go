@@ -156,7 +156,7 @@ func (f *fakeKernel) try(_ context.Context, list []tableChain) error {
 	for _, c := range list {
 		for _, r := range c.rules {
 			if f.refuse != nil && f.refuse(r) {
-				return fmt.Errorf("refused: %s", r)
+				return &xtables.RestoreError{Output: "refused: " + r, Err: &exec.ExitError{}}
 			}
 		}
 	}

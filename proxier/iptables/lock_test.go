@@ -2,11 +2,14 @@ package iptables
 
 import (
 	"context"
+	"errors"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
@@ -45,5 +48,52 @@ func TestKernelLock(t *testing.T) {
 	}
 	if got := inKernel(t, o.Programs); !strings.Contains(got, chainServices) {
 		t.Errorf("nothing was written:\n%s", got)
+	}
+}
+
+// TestKernelLockedForLong: a lock that stays taken is no Service's fault. Nobody
+// is suspected, let alone set aside.
+func TestKernelLockedForLong(t *testing.T) {
+	if testing.Short() {
+		t.Skip("SKIPPED with -short: it waits for the lock, 5 seconds several times")
+	}
+	inNamespace(t)
+	w := newWorld(rand.New(rand.NewPCG(1, 1)), model.IPv4, 20)
+	o := w.options()
+	o.Programs = programs(t, xtables.Legacy, model.IPv4)
+	report := newReport()
+	o.Report = report
+	x := New(o)
+	if err := x.Sync(context.Background(), w.planner.Set()); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.OpenFile(os.Getenv("XTABLES_LOCKFILE"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	for range 30 {
+		w.step()
+	}
+	failed := 0
+	x.kernel.(*xtKernel).run.Stats.Failed = func() { failed++ }
+	err = x.Sync(context.Background(), w.planner.Set())
+	var failure *xtables.RestoreError
+	if !errors.As(err, &failure) || failure.Refused() {
+		t.Fatalf("error %v, want one that blames nobody", err)
+	}
+	if failed != 2 || len(x.aside) > 0 || len(report.aside) > 0 {
+		t.Errorf("%d restores failed, want the change and the full comparison; set aside %v", failed, report.aside)
+	}
+	_ = unix.Flock(int(lock.Fd()), unix.LOCK_UN)
+	set := w.planner.Set()
+	if err := x.Sync(context.Background(), set); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := inKernel(t, o.Programs), rendered(set, o); got != want {
+		t.Errorf("after the lock was free:\n%s", cmp.Diff(want, got))
 	}
 }

@@ -228,11 +228,17 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
 		}
 	}
 	err = x.applyAll(ctx, want, have, x.keep)
-	var refused *xtables.RestoreError
-	if errors.As(err, &refused) && ctx.Err() == nil {
+	if refused(err) && ctx.Err() == nil {
 		err = x.applyWithoutCulprits(ctx, want, err)
 	}
 	return err
+}
+
+// refused says whether an error tells that rules are to blame, not a lock that
+// somebody holds or a program that was killed.
+func refused(err error) bool {
+	var r *xtables.RestoreError
+	return errors.As(err, &r) && r.Refused()
 }
 
 // read reads the tables, and remembers what that cost and which state it saw:
@@ -391,7 +397,12 @@ func (x *Proxier) reads(ref tableRef, h uint64, rules []string) bool {
 	return h == w || x.odd[ref] == oddity{h, w}
 }
 
-// culprits finds the plans whose rules the kernel refuses, by trying halves.
+// mostTries bounds one search for culprits. What it has found is set aside, and
+// the next Sync, which fails again, goes on from there.
+const mostTries = 300
+
+// culprits finds the plans whose rules the kernel refuses, by trying halves. It
+// finds none if not even rules that belong to no Service are accepted.
 func (x *Proxier) culprits(ctx context.Context, want *plan.Set) map[*plan.Plan]error {
 	c := newCompiler(&x.o, want)
 	var all []*plan.Plan
@@ -401,14 +412,21 @@ func (x *Proxier) culprits(ctx context.Context, want *plan.Set) map[*plan.Plan]e
 		}
 	}
 	bad := map[*plan.Plan]error{}
+	if x.kernel.try(ctx, c.base(&x.o)) != nil {
+		return nil
+	}
+	tries, innocent := 0, false
 	var search func([]*plan.Plan)
 	search = func(list []*plan.Plan) {
-		if len(list) == 0 || ctx.Err() != nil {
+		if len(list) == 0 || ctx.Err() != nil || tries == mostTries || innocent {
 			return
 		}
+		tries++
 		err := x.kernel.try(ctx, c.trial(list))
 		switch {
 		case err == nil:
+		case !refused(err):
+			innocent = true // nothing can be learnt now; the next Sync tries again
 		case len(list) == 1:
 			bad[list[0]] = fmt.Errorf("the kernel refuses its rules: %w", err)
 		default:

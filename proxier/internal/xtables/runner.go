@@ -20,9 +20,10 @@ const lockWait = "5"
 // lockTries is how often a restore is tried when the lock stays taken.
 const lockTries = 4
 
-// exitLocked is what iptables programs exit with when they do not get the lock,
-// or when the kernel says EAGAIN (libxtables RESOURCE_PROBLEM).
-const exitLocked = 4
+// exitResource is what iptables programs exit with when they do not get the
+// lock, or when the kernel says EAGAIN (libxtables RESOURCE_PROBLEM). The nft
+// variant also uses it for whatever the kernel refuses.
+const exitResource = 4
 
 // Stats is told what restores cost. Any field may be nil.
 type Stats struct {
@@ -37,7 +38,7 @@ type Runner struct {
 	Stats Stats
 }
 
-// RestoreError is a payload that iptables-restore refused.
+// RestoreError is a payload that iptables-restore did not bring into force.
 type RestoreError struct {
 	Output string // what the program said
 	Err    error
@@ -53,6 +54,22 @@ func (e *RestoreError) Error() string {
 
 func (e *RestoreError) Unwrap() error { return e.Err }
 
+// Refused says that the payload is to blame: the same again would fail again. It
+// is not if the lock was taken, or if the program was killed.
+func (e *RestoreError) Refused() bool {
+	var exit *exec.ExitError
+	if !errors.As(e.Err, &exit) || exit.ProcessState == nil {
+		return true
+	}
+	return exit.Exited() && !e.busy()
+}
+
+func (e *RestoreError) busy() bool {
+	var exit *exec.ExitError
+	return errors.As(e.Err, &exit) && exit.ExitCode() == exitResource &&
+		(strings.Contains(e.Output, "xtables lock") || strings.Contains(e.Output, "temporarily unavailable"))
+}
+
 // Restore feeds what write writes to iptables-restore --noflush: one
 // transaction per table, chains that are not named stay as they are. While
 // another program holds the xtables lock it waits and tries again, with jitter,
@@ -65,11 +82,11 @@ func (r *Runner) Restore(ctx context.Context, write func(w *bufio.Writer)) error
 			return ctx.Err()
 		}
 		err := r.restoreOnce(ctx, write)
-		var exit *exec.ExitError
+		var failed *RestoreError
 		if err == nil {
 			return nil
 		}
-		if !errors.As(err, &exit) || exit.ExitCode() != exitLocked || try == lockTries {
+		if !errors.As(err, &failed) || !failed.busy() || try == lockTries {
 			if r.Stats.Failed != nil {
 				r.Stats.Failed()
 			}
