@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -128,11 +129,13 @@ func (tr *traffic) more(t *testing.T, n int) {
 		defer tr.mu.Unlock()
 		return tr.answered + len(tr.lost)
 	}
-	start := count()
-	until(t, fmt.Sprintf("%d more connections were made", n), func() error {
-		if have := count() - start; have < n {
-			return fmt.Errorf("%d so far", have)
-		}
-		return nil
-	})
+	for goal := count() + n; count() < goal; { // however long it takes, while it goes on
+		before := count()
+		until(t, "one more connection was made", func() error {
+			if count() == before {
+				return errors.New("none")
+			}
+			return nil
+		})
+	}
 }
