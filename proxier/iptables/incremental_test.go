@@ -348,3 +348,38 @@ func TestDrift(t *testing.T) {
 		}
 	}
 }
+
+// TestDriftBesideASync: a change by others is found also if a Sync writes between
+// it and the next Check.
+func TestDriftBesideASync(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 5))
+	w := newWorld(r, model.IPv4, 40)
+	for range 100 {
+		w.step()
+	}
+	k := newFake(r)
+	x := newProxier(w.options(), k)
+	ctx := context.Background()
+	if err := x.Sync(ctx, w.planner.Set()); err != nil {
+		t.Fatal(err)
+	}
+	k.tables[tableFilter]["FORWARD"] = nil
+	k.writes++
+	for range 5 {
+		w.step()
+	}
+	set := w.planner.Set()
+	if err := x.Sync(ctx, set); err != nil {
+		t.Fatal(err)
+	}
+	x.verified = time.Time{}
+	if looked, err := x.Check(ctx, false); !looked || err != nil {
+		t.Fatalf("looked %v, error %v", looked, err)
+	}
+	if want := fresh(t, w, set, nil); k.text() != want {
+		t.Fatalf("not repaired:\n%s", cmp.Diff(want, k.text()))
+	}
+	if looked, err := x.Check(ctx, false); looked || err != nil {
+		t.Fatalf("its own repair was taken for a change by others: looked %v, error %v", looked, err)
+	}
+}

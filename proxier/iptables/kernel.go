@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"unsafe"
@@ -65,7 +66,10 @@ type xtKernel struct {
 	chunk int
 }
 
-const nftChunk = 3000
+const (
+	nftChunk   = 3000
+	leastChunk = 40 // below this, smaller transactions are not tried
+)
 
 func newXTKernel(p xtables.Programs, stats xtables.Stats) *xtKernel {
 	k := &xtKernel{run: xtables.Runner{Programs: p, Stats: stats}}
@@ -129,13 +133,22 @@ func (k *xtKernel) apply(ctx context.Context, ch *change) error {
 	if ch.nothing() {
 		return nil
 	}
-	return k.run.Restore(ctx, func(w *bufio.Writer) {
-		if ch.stream != nil {
-			k.writeStream(w, ch)
-			return
+	for {
+		err := k.run.Restore(ctx, func(w *bufio.Writer) {
+			if ch.stream != nil || k.chunk > 0 && k.chunk < nftChunk {
+				k.writeStream(w, ch)
+			} else {
+				writeTables(w, ch)
+			}
+		})
+		var failed *xtables.RestoreError
+		if !errors.As(err, &failed) || !failed.TooLarge() || k.chunk < leastChunk {
+			return err
 		}
-		writeTables(w, ch)
-	})
+		// In a user namespace a netlink socket cannot be given a larger buffer, and
+		// a transaction must fit into it.
+		k.chunk /= 4
+	}
 }
 
 // writeTables writes a change that is held in memory: filter before nat, so
@@ -159,7 +172,15 @@ func writeTables(w *bufio.Writer, ch *change) {
 func (k *xtKernel) writeStream(w *bufio.Writer, ch *change) {
 	var filter, nat bytes.Buffer
 	rules, open := 0, false
-	ch.stream(func(c tableChain) {
+	chains := ch.stream
+	if chains == nil {
+		chains = func(emit func(tableChain)) {
+			for _, c := range ch.list {
+				emit(c)
+			}
+		}
+	}
+	chains(func(c tableChain) {
 		if c.table == tableFilter {
 			writeChain(&filter, c.chain)
 			return

@@ -52,6 +52,7 @@ type Proxier struct {
 	applied *plan.Set
 	forest  forest
 	token   string
+	others  bool           // somebody else wrote meanwhile: verify at the next Check
 	total   map[string]int // rules of ours, by table
 	aside   map[model.PortKey]aside
 	told    map[model.PortKey]bool // refusals that have been reported and not taken back
@@ -193,6 +194,7 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 		d.compare(x.forest, next, was, is, &d.keys)
 	}
 	ch := d.change()
+	x.noticeOthers()
 	if err := x.kernel.apply(ctx, ch); err != nil {
 		return err
 	}
@@ -204,6 +206,15 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 		x.countRules(x.total, d.wrote)
 	}
 	return nil
+}
+
+// noticeOthers is called before the tables are written: the new token that this
+// gives them would hide that somebody else had written, too. A cluster in which
+// something changes all the time would never see it.
+func (x *Proxier) noticeOthers() {
+	if now, ok := x.kernel.token(); ok && now != x.token {
+		x.others = true
+	}
 }
 
 // believe records what is in force now.
@@ -246,6 +257,7 @@ func refused(err error) bool {
 func (x *Proxier) read(ctx context.Context) (*actual, error) {
 	start := x.now()
 	x.token, _ = x.kernel.token()
+	x.others = false
 	have, err := x.kernel.read(ctx)
 	x.verified = x.now()
 	x.verifyCost = x.verified.Sub(start)
@@ -306,6 +318,7 @@ func (x *Proxier) applyAll(ctx context.Context, want *plan.Set, have *actual, ke
 	if len(changed) > 0 {
 		ch.stream = diff
 	}
+	x.noticeOthers()
 	if err := x.kernel.apply(ctx, ch); err != nil {
 		return err
 	}
@@ -470,10 +483,11 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	}
 	if !force {
 		token, ok := x.kernel.token()
-		if ok && token == x.token && x.unread {
+		same := token == x.token && !x.others
+		if ok && same && x.unread {
 			return false, x.learnOdd(ctx)
 		}
-		if !ok || token == x.token || x.now().Sub(x.verified) < checkShare*x.verifyCost {
+		if !ok || same || x.now().Sub(x.verified) < checkShare*x.verifyCost {
 			return false, nil
 		}
 	}
