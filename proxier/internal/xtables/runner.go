@@ -64,6 +64,11 @@ func (e *RestoreError) Refused() bool {
 	return exit.Exited() && !e.busy()
 }
 
+// TooLarge says that a transaction did not fit into the netlink socket's buffer.
+func (e *RestoreError) TooLarge() bool {
+	return strings.Contains(e.Output, "Message too long") || strings.Contains(e.Output, "No buffer space available")
+}
+
 func (e *RestoreError) busy() bool {
 	var exit *exec.ExitError
 	return errors.As(e.Err, &exit) && exit.ExitCode() == exitResource &&
