@@ -21,7 +21,11 @@ func (w *world) introduce(ctx context.Context, p *printer, took time.Duration) {
 	if out, err := w.lab.Host(node).Run(ctx, w.o.agent, "version"); err == nil {
 		version, _, _ = strings.Cut(strings.TrimSpace(out), "\n")
 	}
-	p.line("%s, mode %s; %d ms after its start all Services of examples/ are served", p.paint(bold, version), w.o.mode, took.Milliseconds())
+	by := ""
+	if out, err := w.lab.Host(node).Run(ctx, "iptables", "--version"); err == nil {
+		by = " by " + strings.TrimSpace(out)
+	}
+	p.line("%s, mode %s%s; %d ms after its start all Services of examples/ are served", p.paint(bold, version), w.o.mode, by, took.Milliseconds())
 	p.line("")
 	at := func(host string) string { return host + " " + w.lab.Addr(host, true).String() }
 	p.line("  %-22s a node, runs sluice. Pods: %s, %s; %s asks", at(node), at(local[0]), at(local[1]), at(shell))
