@@ -284,14 +284,7 @@ func (c *cluster) cutOff(t *testing.T, node string) (reconnect func()) {
 // goes to a wrong pod.
 func TestKill(t *testing.T) {
 	c := newTest(t)
-	services := 1000
-	if inUserNamespace() {
-		// iptables' nft variant sends a restore as one netlink message, and only
-		// root of the machine may have a socket buffer for more than some 100 Services at once
-		// (SO_SNDBUFFORCE).
-		services = 50
-		t.Logf("in a user namespace: %d Services instead of 1,000", services)
-	}
+	const services = 1000
 	targets := c.crowd(t, services)
 	a := c.startAgent(t, "node1")
 	from := c.lab.Host("pod1")
@@ -340,12 +333,6 @@ func TestKill(t *testing.T) {
 	if err := a.ended(); err != nil {
 		t.Error(err)
 	}
-}
-
-// inUserNamespace tells whether root is less than the machine's root.
-func inUserNamespace() bool {
-	ids, err := os.ReadFile("/proc/self/uid_map")
-	return err == nil && !slices.Equal(strings.Fields(string(ids)), []string{"0", "0", "4294967295"})
 }
 
 // crowd creates many Services, named crowd-N, and deletes them after the test.

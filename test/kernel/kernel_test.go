@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -96,21 +95,10 @@ func program(t *testing.T, node *netlab.Namespace, p proxier.Proxier, set *plan.
 	t.Helper()
 	for range 2 {
 		err := node.Do(func() error { return p.Sync(t.Context(), set) })
-		if err != nil && inUserNamespace() && strings.Contains(err.Error(), "Message too long") {
-			// iptables-nft sends a table in one message, and only root of the whole
-			// machine may have a socket buffer that large (SO_SNDBUFFORCE).
-			t.Skip("SKIPPED, too large a ruleset for a user namespace: ", err)
-		}
 		if err != nil {
 			t.Fatalf("sync %s: %v", set.Facts.Family, err)
 		}
 	}
-}
-
-// inUserNamespace says whether root is root in a user namespace only.
-func inUserNamespace() bool {
-	ids, err := os.ReadFile("/proc/self/uid_map")
-	return err == nil && !slices.Equal(strings.Fields(string(ids)), []string{"0", "0", "4294967295"})
 }
 
 // build makes the scenario's cluster and starts its endpoints. Each answers
