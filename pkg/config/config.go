@@ -26,8 +26,6 @@ const (
 	ModeNFTables Mode = "nftables"
 )
 
-var modes = []Mode{ModeIPTables, ModeIPVS, ModeNFTables}
-
 // LocalMode is the way to tell this node's pods from everybody else.
 type LocalMode string
 

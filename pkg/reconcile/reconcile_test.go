@@ -147,8 +147,7 @@ func (r *rig) set(change func()) {
 }
 
 func wait(d time.Duration) {
-	mu.Lock()
-	mu.Unlock()   //nolint:staticcheck // orders what the test has read before what the loop writes
+	fence()
 	time.Sleep(d) // the bubble's clock
 	synctest.Wait()
 	fence()
