@@ -301,9 +301,16 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 		}
 		check()
 	}
-	// What was refused is tried again, and comes back when the kernel takes it.
-	k.refuse = func(string) bool { return false }
+	// What is still refused is tried again alone: nothing else is read or written.
 	clock = clock.Add(2 * retryAside)
+	reads, writes := k.lists, len(k.changes)
+	check()
+	if k.lists != reads || len(k.changes) != writes {
+		t.Errorf("%d reads, %d writes for Services that are still refused", k.lists-reads, len(k.changes)-writes)
+	}
+	// What was refused comes back when the kernel takes it.
+	k.refuse = func(string) bool { return false }
+	clock = clock.Add(4 * retryAside)
 	check()
 }
 

@@ -37,9 +37,12 @@ type Options struct {
 	Rules func(table string, total, written int)
 }
 
-// retryAside is how long a Service whose rules the kernel refused waits until
-// it is tried again unchanged.
-const retryAside = time.Minute
+// A Service whose rules the kernel refused is tried again, unchanged, after
+// retryAside, then after twice that, and so on.
+const (
+	retryAside     = time.Minute
+	retryAsideMost = time.Hour
+)
 
 // Proxier is the iptables proxier of one family.
 type Proxier struct {
@@ -69,6 +72,7 @@ type Proxier struct {
 type aside struct {
 	plan  *plan.Plan
 	since time.Time
+	wait  time.Duration
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -137,15 +141,20 @@ func (x *Proxier) keep(p *plan.Plan) bool {
 	return !ok || a.plan != p
 }
 
-// readmit forgets refusals that are due for another try, or whose plan is gone
-// or different now. It returns the plans to try again.
-func (x *Proxier) readmit(want *plan.Set) []*plan.Plan {
+// readmit forgets refusals whose plan is gone or different now, and those due for
+// another try that the kernel accepts now. It returns the plans of the latter.
+// They are tried apart from everything else: with the others, one that is still
+// refused would cost a full comparison and a search each time.
+func (x *Proxier) readmit(ctx context.Context, want *plan.Set) []*plan.Plan {
 	var again []*plan.Plan
 	for key, a := range x.aside {
 		switch p := want.Get(key); {
 		case p != a.plan:
 			delete(x.aside, key)
-		case x.now().Sub(a.since) >= retryAside:
+		case x.now().Sub(a.since) < a.wait:
+		case x.retry(ctx, want, p) != nil:
+			x.aside[key] = aside{p, x.now(), min(2*a.wait, retryAsideMost)}
+		default:
 			delete(x.aside, key)
 			again = append(again, p)
 		}
@@ -153,11 +162,19 @@ func (x *Proxier) readmit(want *plan.Set) []*plan.Plan {
 	return again
 }
 
+// retry asks the kernel whether it accepts the rules of one plan.
+func (x *Proxier) retry(ctx context.Context, want *plan.Set, p *plan.Plan) error {
+	x.noticeOthers()
+	err := x.kernel.try(ctx, newCompiler(&x.o, want).trial([]*plan.Plan{p}))
+	x.token, _ = x.kernel.token()
+	return err
+}
+
 // syncChanges writes the difference between the last applied Set and want.
 func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 	was, is := newCompiler(&x.o, x.applied), newCompiler(&x.o, want)
 	had := maps.Clone(x.aside)
-	again := x.readmit(want)
+	again := x.readmit(ctx, want)
 	d := newDifference()
 	wasCompiled := func(p *plan.Plan) bool { a, ok := had[p.PortKey]; return !ok || a.plan != p }
 	step := func(old, new *plan.Plan) {
@@ -227,7 +244,7 @@ func (x *Proxier) believe(want *plan.Set, f forest, wrote bool) {
 
 // syncAll reads the tables and writes what differs from want.
 func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
-	x.readmit(want)
+	x.readmit(ctx, want)
 	have, err := x.read(ctx)
 	if err != nil {
 		return err
@@ -281,7 +298,7 @@ func (x *Proxier) applyWithoutCulprits(ctx context.Context, want *plan.Set, refu
 		return refusal
 	}
 	for p, why := range culprits {
-		x.aside[p.PortKey] = aside{p, x.now()}
+		x.aside[p.PortKey] = aside{p, x.now(), retryAside}
 		x.told[p.PortKey] = true
 		x.o.Report.SetAside(p.PortKey, why)
 	}
