@@ -1,7 +1,7 @@
 #!/bin/bash
 # bench.sh MODE [flags of test/bench]: measures Sluice and kube-proxy side by side
 # (test/bench/README.md says how) and prints the table. The defaults take about
-# a quarter of an hour.
+# twenty minutes, most of them for kube-proxy.
 # It needs root over network namespaces; a plain user gets that from a user
 # namespace, where the kernel allows it.
 set -euo pipefail

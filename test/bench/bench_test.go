@@ -64,6 +64,21 @@ func TestSample(t *testing.T) {
 	}
 }
 
+// Noise that lasts longer than a turn is in both targets, and in no difference.
+func TestDifferences(t *testing.T) {
+	base := &target{turns: []time.Duration{10, 10, 90, 90, 90, 10}}
+	service := &target{to: make([]netip.AddrPort, 2), turns: []time.Duration{15, 30, 95, 110, 95, 30}}
+	if got := service.above(base); got != 5 {
+		t.Errorf("above = %d, want 5", got)
+	}
+	if got := service.slowestAbove(base); got != 20 {
+		t.Errorf("slowestAbove = %d, want 20", got)
+	}
+	if got := base.median(); got != 10 {
+		t.Errorf("median = %d, want 10", got)
+	}
+}
+
 // Endpoints and Services have addresses of their own, in their ranges.
 func TestAddresses(t *testing.T) {
 	seen := map[netip.Addr]string{}
@@ -120,6 +135,9 @@ func TestTable(t *testing.T) {
 	}
 	if r.complete([]string{ours}) {
 		t.Error("a report with holes calls itself complete")
+	}
+	if !r.complete([]string{peer}) {
+		t.Error("a program that did not make it in time is a result")
 	}
 	r.Services = 500 // targets are for 10,000
 	out.Reset()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,13 +17,18 @@ import (
 // no poller, so that a timed connect is one system call.
 type client struct{ ns *netlab.Namespace }
 
-// patience is how long one attempt may take. A node without rules refuses at
-// once, so only lost packets wait this long.
-const patience = 500 * time.Millisecond
+// How long one attempt may take. A node without rules says "unreachable", but to
+// a socket that is busy sending, so the kernel does not pass it on and waits to
+// send again (tcp_v4_err): short attempts are what makes a wait for the first
+// answer exact.
+const (
+	impatient = 20 * time.Millisecond // where no answer is the rule
+	patient   = 200 * time.Millisecond
+)
 
 // connect opens a connection and tells how long the handshake took. The caller
 // closes the socket. It must run in the namespace (Do).
-func connect(to netip.AddrPort) (fd int, took time.Duration, err error) {
+func connect(to netip.AddrPort, patience time.Duration) (fd int, took time.Duration, err error) {
 	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, 0, err
@@ -50,7 +56,7 @@ func connect(to netip.AddrPort) (fd int, took time.Duration, err error) {
 // ask connects to an endpoint, maybe through a Service, and returns which one
 // answered.
 func ask(to netip.AddrPort) (netip.Addr, error) {
-	fd, _, err := connect(to)
+	fd, _, err := connect(to, patient)
 	if err != nil {
 		return netip.Addr{}, err
 	}
@@ -77,7 +83,7 @@ func (c client) answered(ctx context.Context, addrs []netip.AddrPort, pause time
 	err = c.ns.Do(func() error {
 		for _, a := range addrs {
 			for {
-				fd, _, err := connect(a)
+				fd, _, err := connect(a, impatient)
 				at = time.Now()
 				if err == nil {
 					unix.Close(fd)
@@ -119,21 +125,19 @@ func (c client) follow(ctx context.Context, to netip.AddrPort, want netip.Addr) 
 // target is one kind of connection to time: to one address, or to several in
 // turns.
 type target struct {
-	from client
-	to   []netip.AddrPort
-	took [][]time.Duration // of each address
+	from  client
+	to    []netip.AddrPort
+	turns []time.Duration // median of each turn
 }
 
-// timed times n connections to every target, in turns of a few so that all meet
-// the same noise.
+// timed times n connections to every target, in turns of a few: what disturbs
+// the machine for longer than a turn disturbs all targets' turns of the same
+// number alike.
 func timed(ctx context.Context, targets []*target, n int) error {
 	const turn = 20
-	for _, t := range targets {
-		t.took = make([][]time.Duration, len(t.to))
-	}
 	for done := 0; done < n && ctx.Err() == nil; done += turn {
 		for _, t := range targets {
-			if err := t.turn(done/turn%len(t.to), min(turn, n-done)); err != nil {
+			if err := t.turn(min(turn, n-done)); err != nil {
 				return err
 			}
 		}
@@ -141,24 +145,60 @@ func timed(ctx context.Context, targets []*target, n int) error {
 	return ctx.Err()
 }
 
-// turn times n connections to one address. One before them fills the CPU's
+// turn times n connections to the next address. One before them fills the CPU's
 // caches.
-func (t *target) turn(which, n int) error {
-	return t.from.ns.Do(func() error {
+func (t *target) turn(n int) error {
+	to := t.to[len(t.turns)%len(t.to)]
+	var took []time.Duration
+	err := t.from.ns.Do(func() error {
 		for k := -1; k < n; {
-			fd, took, err := connect(t.to[which])
+			fd, d, err := connect(to, patient)
 			if err == unix.EINTR {
 				continue // a signal of the Go runtime; no sample
 			}
 			if err != nil {
-				return fmt.Errorf("connect to %s: %w", t.to[which], err)
+				return fmt.Errorf("connect to %s: %w", to, err)
 			}
 			unix.Close(fd)
 			if k >= 0 {
-				t.took[which] = append(t.took[which], took)
+				took = append(took, d)
 			}
 			k++
 		}
 		return nil
 	})
+	slices.Sort(took)
+	t.turns = append(t.turns, quantile(took, 0.5))
+	return err
+}
+
+// median is that of all turns.
+func (t *target) median() time.Duration {
+	return quantile(slices.Sorted(slices.Values(t.turns)), 0.5)
+}
+
+// above is the median of how much longer each turn took than base's.
+func (t *target) above(base *target) time.Duration {
+	return quantile(t.differences(base, 0, 1), 0.5)
+}
+
+// slowestAbove is the same for the address that takes longest.
+func (t *target) slowestAbove(base *target) time.Duration {
+	var most time.Duration
+	for first := range t.to {
+		if d := t.differences(base, first, len(t.to)); len(d) > 0 {
+			most = max(most, quantile(d, 0.5))
+		}
+	}
+	return most
+}
+
+// differences compares every step-th turn, sorted.
+func (t *target) differences(base *target, first, step int) []time.Duration {
+	var out []time.Duration
+	for k := first; k < min(len(t.turns), len(base.turns)); k += step {
+		out = append(out, t.turns[k]-base.turns[k])
+	}
+	slices.Sort(out)
+	return out
 }

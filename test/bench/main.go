@@ -17,7 +17,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -81,7 +80,7 @@ func parse(args []string) (*settings, error) {
 	f.DurationVar(&s.changeLimit, "change-limit", 2*time.Minute, "begin no further change after this")
 	f.IntVar(&s.burst, "burst", 200, "endpoint changes for the CPU figure")
 	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
-	f.IntVar(&s.connections, "connections", 2000, "connections of each kind to time")
+	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
 	_ = f.Parse(args) // exits
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
@@ -163,14 +162,15 @@ func run(ctx context.Context, s *settings, out io.Writer) error {
 	}
 	for _, v := range s.variants {
 		for _, p := range s.programs {
+			if ctx.Err() != nil {
+				report.skip("%s, %s: interrupted", p, v)
+				continue
+			}
 			r, err := measure(ctx, c, p, v)
 			report.add(r)
 			if err != nil {
 				report.skip("%s, %s: the rest of its figures: %v", p, v, err)
 				progress("%s, %s: %v", p, v, err)
-			}
-			if ctx.Err() != nil {
-				return ctx.Err()
 			}
 		}
 	}
@@ -184,7 +184,7 @@ func run(ctx context.Context, s *settings, out io.Writer) error {
 			return fmt.Errorf("write results: %w", err)
 		}
 	}
-	if !report.complete(slices.Clone(s.programs)) {
+	if !report.complete(s.programs) {
 		return fmt.Errorf("some figures could not be taken: see above")
 	}
 	return nil

@@ -222,12 +222,11 @@ func (t *trial) newConnections(ctx context.Context) error {
 	if err := timed(ctx, []*target{base, other, service}, t.s.connections); err != nil {
 		return err
 	}
-	b := base.median()
 	n := t.s.connections
-	t.set("conn.base", reading{Value: micro(b), N: n})
-	t.set("conn.other", reading{Value: micro(other.median() - b), N: n})
-	t.set("conn.service", reading{Value: micro(service.median() - b), N: n})
-	t.set("conn.slowest", reading{Value: micro(service.slowest() - b), N: n})
+	t.set("conn.base", reading{Value: micro(base.median()), N: n})
+	t.set("conn.other", reading{Value: micro(other.above(base)), N: n})
+	t.set("conn.service", reading{Value: micro(service.above(base)), N: n})
+	t.set("conn.slowest", reading{Value: micro(service.slowestAbove(base)), N: n})
 	return nil
 }
 
@@ -351,23 +350,6 @@ func (t *trial) memoryAtTheEnd(ctx context.Context) error {
 func mebibytes(n int64) float64     { return float64(n) / (1 << 20) }
 func milli(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 func micro(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
-func (t *target) median() time.Duration {
-	var all []time.Duration
-	for _, list := range t.took {
-		all = append(all, list...)
-	}
-	slices.Sort(all)
-	return quantile(all, 0.5)
-}
-
-// slowest is the largest of the addresses' medians.
-func (t *target) slowest() (most time.Duration) {
-	for _, list := range t.took {
-		list = slices.Sorted(slices.Values(list))
-		most = max(most, quantile(list, 0.5))
-	}
-	return most
-}
 
 // quantile is the smallest value that a share q of all does not exceed; values
 // are sorted.

@@ -278,19 +278,33 @@ func align(w io.Writer, rows [][]string) {
 	}
 }
 
-// complete says whether every figure of every program was taken.
+// complete says whether every figure was taken, but for those of a program that
+// was given the time and did not make it: that is a result.
 func (r *report) complete(programs []string) bool {
 	for _, v := range r.variants {
 		for _, p := range programs {
 			x := r.find(p, v)
-			if x == nil {
+			if x == nil || !x.gaveUp() && !x.complete() {
 				return false
 			}
-			for _, m := range metrics {
-				if _, ok := x.Readings[m.id]; !ok {
-					return false
-				}
-			}
+		}
+	}
+	return true
+}
+
+func (r *result) gaveUp() bool {
+	for _, v := range r.Readings {
+		if v.Over {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *result) complete() bool {
+	for _, m := range metrics {
+		if _, ok := r.Readings[m.id]; !ok {
+			return false
 		}
 	}
 	return true
