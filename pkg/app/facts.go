@@ -31,8 +31,7 @@ func (a *agent) factsOf(f model.Family, n *model.Node) *plan.Facts {
 	if f == model.IPv6 {
 		filter = cfg.NodePortAddresses.IPv6
 	} else {
-		loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
-		facts.LocalhostNodePorts = cfg.LocalhostNodePorts && filter.Serves(loopback, facts.NodeIP)
+		facts.LocalhostNodePorts = cfg.LocalhostNodePorts && filter.Serves(localhost, facts.NodeIP)
 	}
 	facts.NodePorts.All = filter.All || filter.Primary && len(filter.Prefixes) == 0 && !facts.NodeIP.IsValid()
 	if !facts.NodePorts.All {
@@ -78,7 +77,8 @@ const podCIDRWait = 5 * time.Minute
 
 var errPodCIDRs = errors.New("the Node's podCIDRs changed, which this detectLocalMode needs a restart for")
 
-// waitForNodeCIDR waits, in NodeCIDR mode, for the Node and its podCIDRs.
+// waitForNodeCIDR waits, in NodeCIDR mode, for the Node and its podCIDRs, or for
+// the end of ctx.
 func (a *agent) waitForNodeCIDR(ctx context.Context, cfg *config.Config) error {
 	if cfg.DetectLocal.Mode != config.LocalNodeCIDR {
 		return nil

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
+	"slices"
 
 	"github.com/sluice-proxy/sluice/pkg/config"
 	"github.com/sluice-proxy/sluice/pkg/model"
@@ -28,7 +30,7 @@ func prepareHost(cfg *config.Config, log *slog.Logger, starting bool) {
 		TCPBeLiberal: cfg.Conntrack.TCPBeLiberal,
 		UDPTimeout:   cfg.Conntrack.UDPTimeout, UDPStreamTimeout: cfg.Conntrack.UDPStreamTimeout,
 	}, system.OnlineCPUs(), system.ReadInt)
-	changes = append(changes, node.NetworkSysctls(node.Network{LocalhostNodePorts: cfg.LocalhostNodePorts}, system.ReadInt)...)
+	changes = append(changes, node.NetworkSysctls(networkOf(cfg), system.ReadInt)...)
 	for _, c := range changes {
 		log.Info("Kernel setting", "change", c.String())
 	}
@@ -36,6 +38,18 @@ func prepareHost(cfg *config.Config, log *slog.Logger, starting bool) {
 		log.Warn("Could not change a kernel setting; going on without", "err", err)
 	}
 }
+
+// networkOf is what NodePorts need of the kernel's network. Where they are not
+// served on loopback addresses no rule keeps others from those either
+// (CVE-2020-8558), so route_localnet must then be left alone.
+func networkOf(cfg *config.Config) node.Network {
+	filter := cfg.NodePortAddresses.IPv4
+	loopback := func(p netip.Prefix) bool { return p.Contains(localhost) }
+	return node.Network{LocalhostNodePorts: cfg.LocalhostNodePorts && (filter.All || slices.ContainsFunc(filter.Prefixes, loopback))}
+}
+
+// localhost is where IPv4 NodePorts may be served besides the node's addresses.
+var localhost = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
 // InitOnly does what needs all privileges, so that the agent can then run with
 // CAP_NET_ADMIN and CAP_NET_RAW only.
