@@ -102,7 +102,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 
 // serve builds what needs the Node or the kernel, and starts it.
 func (a *agent) serve(ctx context.Context, cfg *config.Config, start func(string, task)) error {
-	if err := a.waitForNodeCIDR(ctx, cfg); err != nil {
+	if err := a.waitForNodeCIDR(ctx, cfg); err != nil || ctx.Err() != nil {
 		return err
 	}
 	planes, err := a.dataplanes(ctx, cfg)
@@ -118,7 +118,13 @@ func (a *agent) serve(ctx context.Context, cfg *config.Config, start func(string
 		}})
 	a.readAddresses()
 	for _, p := range planes {
-		a.addFamily(p, start)
+		a.addFamily(p)
+	}
+	for _, f := range a.loops { // all are there before the first runs
+		start("dataplane "+f.family.String(), f.loop.Run)
+		if cfg.Conntrack.Cleanup {
+			start("conntrack "+f.family.String(), f.clean.Run)
+		}
 	}
 	start("node addresses", func(ctx context.Context) error { return node.Watch(ctx, a.factsChanged) })
 	start("node object", a.followNode)
@@ -223,8 +229,8 @@ func (a *agent) registerMetrics(cfg *config.Config, planes []*dataplane) error {
 	return nil
 }
 
-// addFamily builds one family's loop and what follows it, and starts it all.
-func (a *agent) addFamily(p *dataplane, start func(string, task)) {
+// addFamily builds one family's loop and what follows it.
+func (a *agent) addFamily(p *dataplane) {
 	f := &family{family: p.family, facts: make(chan struct{}, 1), plane: p}
 	f.ports = health.NewServiceServers(health.ServicesOptions{Healthy: a.health.Healthy, Log: a.log,
 		BindFailed: func(b health.BindFailure) {
@@ -242,7 +248,6 @@ func (a *agent) addFamily(p *dataplane, start func(string, task)) {
 	then := []reconcile.Sink{f.ports, metrics.NewPlans(p.family), &clashReporter{a: a}}
 	if a.cfg.Load().Conntrack.Cleanup {
 		then = append(then, f.clean)
-		start("conntrack "+p.family.String(), f.clean.Run)
 	}
 	f.loop = reconcile.New(reconcile.Options{
 		Family: p.family, Source: a.store, Dataplane: p, Then: then,
@@ -253,7 +258,6 @@ func (a *agent) addFamily(p *dataplane, start func(string, task)) {
 		Log:          a.log,
 	})
 	a.loops = append(a.loops, f)
-	start("dataplane "+p.family.String(), f.loop.Run)
 }
 
 // firstFamily is the family that counts what both see.
