@@ -129,7 +129,8 @@ func (p *dataplane) SetAside(key model.PortKey, err error) {
 func (p *dataplane) DriftRepaired(object string, n int) {
 	metrics.DriftRepaired(object, p.family).Add(float64(n))
 	p.a.log.Warn("Somebody changed our rules; repaired", "object", object, "count", n, "ipFamily", p.family)
-	p.a.events.node("Warning", "DriftRepaired", "SyncRules", fmt.Sprintf("somebody changed %s rules of %d %ss; they were put right", p.family, n, object))
+	// No number: the same Event again and again is written now and then only.
+	p.a.events.node("Warning", "DriftRepaired", "SyncRules", fmt.Sprintf("somebody changed %s rules (%ss); they were put right", p.family, object))
 }
 
 func (p *dataplane) refusal(key model.PortKey) error {
