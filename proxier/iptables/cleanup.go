@@ -20,7 +20,8 @@ type leftovers struct {
 // Cleanup removes the chains of this proxier and of kube-proxy's iptables mode,
 // and the jumps into them. KUBE-FIREWALL is the kubelet's too and stays; so does
 // a chain that somebody else's rule jumps to (a host port plugin may use
-// KUBE-MARK-MASQ).
+// KUBE-MARK-MASQ), with the chains that it jumps to itself: the kernel would
+// refuse to delete them, and everything else with them.
 func (x *Proxier) Cleanup(ctx context.Context) error {
 	x.Forget()
 	run := xtables.Runner{Programs: x.o.Programs, Stats: x.o.Stats}
@@ -41,7 +42,8 @@ func findLeftovers(ctx context.Context, run *xtables.Runner, table string) (left
 	var left leftovers
 	builtin := map[string]bool{}
 	var chains []string
-	needed := map[string]bool{} // by rules that are not ours
+	var needed []string // by rules that are not ours
+	leads := map[string][]string{}
 	err := run.Save(ctx, table, func(c xtables.Chain) {
 		if c.Builtin {
 			builtin[c.Name] = true
@@ -51,15 +53,26 @@ func findLeftovers(ctx context.Context, run *xtables.Runner, table string) (left
 	}, func(name, text []byte) {
 		from, to := string(name), jumpTarget(string(text))
 		switch {
-		case !removable(table, to) || removable(table, from):
-		case builtin[from]:
+		case !removable(table, to):
+		case removable(table, from):
+			leads[from] = append(leads[from], to)
+		case builtin[from] && !isObjectChain(to) && to != chainMarkMasq:
 			left.jumps = append(left.jumps, jump{table, from, string(bytes.Clone(text))})
 		default:
-			needed[to] = true
+			needed = append(needed, to)
 		}
 	})
+	stay := map[string]bool{}
+	for len(needed) > 0 {
+		c := needed[0]
+		needed = needed[1:]
+		if !stay[c] {
+			stay[c] = true
+			needed = append(needed, leads[c]...)
+		}
+	}
 	for _, c := range chains {
-		if !needed[c] {
+		if !stay[c] {
 			left.gone = append(left.gone, c)
 		}
 	}

@@ -98,3 +98,57 @@ func TestKernelHeldChain(t *testing.T) {
 		})
 	}
 }
+
+// TestKernelCleanupOfHeldChains: Cleanup leaves what rules of others lead to, and
+// removes the rest.
+func TestKernelCleanupOfHeldChains(t *testing.T) {
+	for _, k := range kernels {
+		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
+			inNamespace(t)
+			w := newWorld(rand.New(rand.NewPCG(11, 12)), k.family, 30)
+			for range 100 {
+				w.step()
+			}
+			o := w.options()
+			o.Programs = programs(t, k.variant, k.family)
+			x := New(o)
+			set := w.planner.Set()
+			if err := x.Sync(context.Background(), set); err != nil {
+				t.Fatal(err)
+			}
+			held := ""
+			for p := range set.All {
+				if usesOf(p).cluster && p.Affinity > 0 {
+					held = namesOf(p).cluster() // it leads to KUBE-SEP chains
+					break
+				}
+			}
+			if held == "" {
+				t.Fatal("no Service with affinity: the test shows nothing")
+			}
+			shell(t, o.Programs, "-t", "nat", "-A", "PREROUTING", "-d", w.addr(9, 9).String(), "-j", held)
+			before := inKernel(t, o.Programs)
+			if err := x.Cleanup(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			rules := func(text string) string { // of the held chain
+				_, rest, _ := strings.Cut(text, "nat "+held+"\n")
+				var b strings.Builder
+				for line := range strings.Lines(rest) {
+					if !strings.HasPrefix(line, "\t") {
+						break
+					}
+					b.WriteString(line)
+				}
+				return b.String()
+			}
+			after := inKernel(t, o.Programs)
+			if got, want := rules(after), rules(before); got != want || want == "" {
+				t.Errorf("the chain that somebody uses:\n%s", cmp.Diff(want, got))
+			}
+			if strings.Contains(after, chainServices) || strings.Contains(after, prefixExternal) || strings.Count(after, "-j "+held) != 1 {
+				t.Errorf("left behind, or taken away:\n%s", after)
+			}
+		})
+	}
+}
