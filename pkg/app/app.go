@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -304,9 +303,7 @@ func (a *agent) followConfig(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	err := config.Watch(ctx, a.cfg.Load(), a.log, func(next *config.Config, hot, restart []string) {
-		restart = append(restart, slices.DeleteFunc(slices.Clone(hot), func(f string) bool {
-			return f != "clusterCIDR" && !strings.HasPrefix(f, "detectLocal")
-		})...)
+		restart = append(restart, fixedAtStart(hot)...)
 		if len(restart) > 0 {
 			cancel(fmt.Errorf("the configuration file changed in %s, which needs a restart", strings.Join(restart, ", ")))
 			return
@@ -323,6 +320,20 @@ func (a *agent) followConfig(ctx context.Context) error {
 		return cause
 	}
 	return err
+}
+
+// fixedAtStart returns the changed fields that could be applied to a running
+// agent, but have decided here how its parts were built.
+func fixedAtStart(changed []string) []string {
+	var out []string
+	for _, f := range changed {
+		if f == "clusterCIDR" || strings.HasPrefix(f, "detectLocal") || // the detector
+			f == "conntrack.tcpBeLiberal" || // the rule against invalid packets
+			strings.HasPrefix(f, config.SluiceKind+".conntrack") { // whether conntrack is cleaned
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 func (a *agent) debugServer(cfg *config.Config) *debug.Server {
