@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // lockWait is how long one iptables program waits for the xtables lock. The
@@ -118,6 +120,7 @@ func (r *Runner) restoreOnce(ctx context.Context, write func(w *bufio.Writer)) e
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restoreTimeout)
 	defer cancel()
 	cmd := command(ctx, r.Programs.Restore, "-w", lockWait, "--noflush")
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true} // Ctrl-C is for the agent, not for a restore that has begun
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
 	stdin, err := cmd.StdinPipe()
