@@ -152,3 +152,27 @@ func TestKernelCleanupOfHeldChains(t *testing.T) {
 		})
 	}
 }
+
+// TestKernelTrialLeftBehind: a kill in the middle of a trial leaves a chain that
+// holds others. The next start removes it.
+func TestKernelTrialLeftBehind(t *testing.T) {
+	for _, k := range kernels {
+		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
+			inNamespace(t)
+			w := newWorld(nil, k.family, 1)
+			o := w.options()
+			o.Programs = programs(t, k.variant, k.family)
+			for _, chain := range []string{chainTrial, prefixCluster + "STUB"} {
+				shell(t, o.Programs, "-t", "nat", "-N", chain)
+			}
+			shell(t, o.Programs, "-t", "nat", "-A", chainTrial, "-j", prefixCluster+"STUB")
+			set := w.planner.Set()
+			if err := New(o).Sync(context.Background(), set); err != nil {
+				t.Fatal(err)
+			}
+			if got, want := inKernel(t, o.Programs), rendered(set, o); got != want {
+				t.Errorf("%s", cmp.Diff(want, got))
+			}
+		})
+	}
+}

@@ -259,7 +259,6 @@ func writeRest(w *bytes.Buffer, table string, ch *change) {
 
 // try loads rules into chains that nothing leads to, and removes them again.
 func (k *xtKernel) try(ctx context.Context, list []tableChain) error {
-	const trial = "KUBE-SLUICE-TRY"
 	perTable := map[string][]string{}
 	for _, c := range list {
 		perTable[c.table] = append(perTable[c.table], c.rules...)
@@ -268,8 +267,8 @@ func (k *xtKernel) try(ctx context.Context, list []tableChain) error {
 	var put []tableChain
 	targets := map[tableRef]bool{}
 	for table, rules := range perTable {
-		put = append(put, tableChain{table, chain{trial, rules}})
-		del = append(del, tableRef{table, trial})
+		put = append(put, tableChain{table, chain{chainTrial, rules}})
+		del = append(del, tableRef{table, chainTrial})
 		for _, r := range rules {
 			if to := jumpTarget(r); isObjectChain(to) || to == chainMarkMasq {
 				targets[tableRef{table, to}] = true

@@ -24,6 +24,10 @@ const (
 	chainFirewall         = "KUBE-FIREWALL" // shared with the kubelet, never removed
 	chainCanary           = "KUBE-PROXY-CANARY"
 
+	// chainTrial is where rules are tried. It is there for a moment only, or after
+	// a kill in that moment.
+	chainTrial = "KUBE-SLUICE-TRY"
+
 	prefixCluster  = "KUBE-SVC-" // the Cluster set
 	prefixLocal    = "KUBE-SVL-" // the Local set
 	prefixExternal = "KUBE-EXT-" // entry for external frontends
@@ -78,7 +82,7 @@ func (n portNames) group(parent, path string) string {
 // in iptables mode, writes and may remove.
 func ours(table, chain string) bool {
 	switch chain {
-	case chainServices, chainNodePorts:
+	case chainServices, chainNodePorts, chainTrial:
 		return true
 	case chainPostrouting, chainMarkMasq:
 		return table == tableNAT
