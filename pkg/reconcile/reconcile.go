@@ -102,6 +102,8 @@ type Loop struct {
 	seen     *state.Snapshot // planned
 	inForce  *plan.Set       // nil: unknown
 	failures int
+	refused  *plan.Set // the Set that failed last; another one need not wait
+	retry    time.Time // not before, for that one
 	pending  pending
 	rested   time.Time // no Sync before
 	looked   time.Time // last close look
@@ -162,7 +164,11 @@ func (l *Loop) step(ctx context.Context) time.Duration {
 		l.pending.since = time.Now()
 	}
 	l.o.Observer.Queued(l.o.Family)
-	if wait := time.Until(l.rested); wait > 0 {
+	ready := l.rested
+	if want == l.refused && l.retry.After(ready) {
+		ready = l.retry
+	}
+	if wait := time.Until(ready); wait > 0 {
 		return wait
 	}
 	return l.sync(ctx, want)
@@ -185,17 +191,14 @@ func (l *Loop) sync(ctx context.Context, want *plan.Set) time.Duration {
 		l.inForce = nil
 		l.o.Dataplane.Forget()
 		wait := backoff(l.failures, periods.Retry)
-		l.rested = time.Now().Add(wait)
+		l.refused, l.retry = want, time.Now().Add(wait)
+		l.rested = time.Now().Add(restAfter(took, periods))
 		l.o.Log.Error("Could not bring the rules into force; the last ones stay", "ipFamily", l.o.Family, "err", err, "retryIn", wait)
 		l.o.Observer.Synced(result)
 		return wait
 	}
-	l.failures = 0
-	rest := min(took, time.Second)
-	if periods.MinSync > 0 {
-		rest = periods.MinSync
-	}
-	l.rested = time.Now().Add(rest)
+	l.failures, l.refused = 0, nil
+	l.rested = time.Now().Add(restAfter(took, periods))
 	l.inForce = want
 	l.pending = pending{}
 	l.o.Observer.Synced(result)
@@ -213,6 +216,14 @@ func (l *Loop) tell(ctx context.Context, want *plan.Set) {
 	if err := errors.Join(errs...); err != nil {
 		l.o.Log.Error("Could not follow up on new rules", "ipFamily", l.o.Family, "err", err)
 	}
+}
+
+// restAfter is the least time between a Sync that took some time and the next.
+func restAfter(took time.Duration, p Periods) time.Duration {
+	if p.MinSync > 0 {
+		return p.MinSync
+	}
+	return min(took, time.Second)
 }
 
 // backoff doubles from half a second.

@@ -247,6 +247,23 @@ func TestFailuresAreRetriedFromWhatTheKernelHas(t *testing.T) {
 	})
 }
 
+func TestAChangeNeedNotWaitForTheRetryOfAnother(t *testing.T) {
+	run(t, func(t *testing.T, r *rig) {
+		r.store.SetSynced()
+		r.store.Publish()
+		wait(time.Second)
+		r.set(func() { r.plane.fail = errors.New("no") })
+		r.service(1)
+		wait(20 * time.Second) // the next try of this Set is 16 s after the last
+		r.set(func() { r.plane.fail = nil })
+		r.service(2)
+		wait(time.Second)
+		if len(r.plane.sets) != 2 || r.plane.sets[1].Len() != 2 {
+			t.Fatalf("%d syncs a second after another change", len(r.plane.sets))
+		}
+	})
+}
+
 func TestFactsReplanEverything(t *testing.T) {
 	run(t, func(t *testing.T, r *rig) {
 		r.store.SetSynced()

@@ -185,25 +185,25 @@ func emptyForest() forest {
 // change, all of them; with one, those that can differ because of it.
 func (c compiler) dispatchChains(f *forest, changed *treeKeys, emit func(tableChain)) {
 	for _, root := range rootChains {
-		var rules []string
 		touched := changed == nil
+		for _, id := range root.trees {
+			touched = touched || len(changed[id]) > 0
+		}
+		if !touched {
+			continue
+		}
+		var rules []string
 		for _, id := range root.trees {
 			var keys []string
 			if changed != nil {
-				keys = changed[id]
-				touched = touched || len(keys) > 0
-				if keys == nil {
-					keys = []string{}
-				}
+				keys = append([]string{}, changed[id]...) // empty, not nil: nothing of this tree
 			}
 			rules = append(rules, f[id].walk(keys, func(ch chain) { emit(tableChain{root.table, ch}) })...)
 		}
 		if root.table == tableNAT && root.name == chainServices {
 			rules = append(rules, c.nodePortTail()...)
 		}
-		if touched {
-			emit(tableChain{root.table, chain{root.name, rules}})
-		}
+		emit(tableChain{root.table, chain{root.name, rules}})
 	}
 }
 
