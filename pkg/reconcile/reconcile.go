@@ -37,6 +37,13 @@ type Checker interface {
 	Check(ctx context.Context, force bool) (bool, error)
 }
 
+// Primer is a Dataplane that can begin with a part of the Services. Prime writes
+// a Set if the kernel has no rules of ours at all, and says whether it did; then
+// nothing that is served is lost by what the Set lacks.
+type Primer interface {
+	Prime(ctx context.Context, want *plan.Set) (bool, error)
+}
+
 // Source is where Snapshots come from: state.Store.
 type Source interface {
 	Current() *state.Snapshot
@@ -101,6 +108,7 @@ type Loop struct {
 
 	seen     *state.Snapshot // planned
 	inForce  *plan.Set       // nil: unknown
+	primed   bool
 	failures int
 	refused  *plan.Set // the Set that failed last; another one need not wait
 	retry    time.Time // not before, for that one
@@ -153,6 +161,9 @@ func (l *Loop) Run(ctx context.Context) error {
 func (l *Loop) step(ctx context.Context) time.Duration {
 	snap := l.o.Source.Current()
 	if !snap.Synced() {
+		if snap.Early() && !l.primed {
+			l.prime(ctx, snap)
+		}
 		return 0
 	}
 	want := l.plan(snap)
@@ -172,6 +183,27 @@ func (l *Loop) step(ctx context.Context) time.Duration {
 		return wait
 	}
 	return l.sync(ctx, want)
+}
+
+// prime serves the important Services of a new node while the complete lists are
+// still under way.
+func (l *Loop) prime(ctx context.Context, snap *state.Snapshot) {
+	l.primed = true
+	primer, ok := l.o.Dataplane.(Primer)
+	if !ok {
+		return
+	}
+	planner := plan.NewPlanner(l.o.Facts(snap.Node()))
+	for e := range snap.All {
+		planner.Update(e.Name, e.Service, e.Slices)
+	}
+	set := planner.Set()
+	switch wrote, err := primer.Prime(ctx, set); {
+	case err != nil && ctx.Err() == nil:
+		l.o.Log.Warn("Could not serve the important Services ahead of the others", "ipFamily", l.o.Family, "err", err)
+	case wrote:
+		l.o.Log.Info("The important Services are served; the others follow", "ipFamily", l.o.Family, "ports", set.Len())
+	}
 }
 
 func (l *Loop) sync(ctx context.Context, want *plan.Set) time.Duration {

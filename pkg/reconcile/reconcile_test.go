@@ -26,6 +26,7 @@ type plane struct {
 	fail    error
 	broken  error // what Check finds
 	sets    []*plan.Set
+	primed  []*plan.Set
 	at      []time.Time
 	forgets int
 	checks  int
@@ -171,6 +172,35 @@ func TestNothingIsWrittenBeforeTheFirstLists(t *testing.T) {
 		wait(time.Second)
 		if len(r.plane.sets) != 1 || r.plane.sets[0].Len() != 1 || !r.results.synced[0].First {
 			t.Fatalf("sets %v, results %+v", r.plane.sets, r.results.synced)
+		}
+	})
+}
+
+// Prime implements Primer.
+func (p *plane) Prime(_ context.Context, want *plan.Set) (bool, error) {
+	mu.Lock()
+	defer mu.Unlock()
+	p.primed = append(p.primed, want)
+	return true, nil
+}
+
+func TestImportantServicesComeBeforeTheLists(t *testing.T) {
+	run(t, func(t *testing.T, r *rig) {
+		r.service(1)
+		wait(time.Second)
+		r.store.SetEarly()
+		r.store.Publish()
+		wait(time.Second)
+		r.service(2)
+		wait(time.Second)
+		if len(r.plane.primed) != 1 || r.plane.primed[0].Len() != 1 || len(r.plane.sets) != 0 {
+			t.Fatalf("primed with %v, synced %v", r.plane.primed, r.plane.sets)
+		}
+		r.store.SetSynced()
+		r.store.Publish()
+		wait(time.Second)
+		if len(r.plane.sets) != 1 || r.plane.sets[0].Len() != 2 {
+			t.Fatalf("after the lists: %v", r.plane.sets)
 		}
 	})
 }

@@ -34,6 +34,7 @@ type table = sharded.Table[model.ServiceName, *Entry]
 type Snapshot struct {
 	entries *table
 	node    *model.Node
+	early   bool
 	synced  bool
 }
 
@@ -43,6 +44,11 @@ func (s *Snapshot) Node() *model.Node { return s.node }
 // Synced says whether a first complete list of Services and of EndpointSlices
 // has been received. Before that nothing may be programmed.
 func (s *Snapshot) Synced() bool { return s.synced }
+
+// Early says that the important Services (default/kubernetes and those of
+// kube-system) are in, while the rest may be missing: a node that has no rules
+// at all may begin with them. It says nothing once Synced does.
+func (s *Snapshot) Early() bool { return s.early }
 
 // Len returns the number of entries.
 func (s *Snapshot) Len() int { return s.entries.Len() }
@@ -78,6 +84,7 @@ type Store struct {
 	// What follows belongs to the writing goroutine.
 	entries sharded.Builder[model.ServiceName, *Entry]
 	node    *model.Node
+	early   bool
 	synced  bool
 	dirty   bool // node or synced changed
 	owners  map[sliceKey]model.ServiceName
@@ -162,6 +169,14 @@ func (s *Store) SetSynced() {
 	}
 }
 
+// SetEarly says that the important Services have been received.
+func (s *Store) SetEarly() {
+	if !s.early {
+		s.early = true
+		s.dirty = true
+	}
+}
+
 // Publish makes everything since the last Publish visible as one Snapshot and
 // wakes the subscribers. Without changes it does nothing.
 func (s *Store) Publish() {
@@ -169,7 +184,7 @@ func (s *Store) Publish() {
 		return
 	}
 	s.dirty = false
-	s.current.Store(&Snapshot{entries: s.entries.Build(), node: s.node, synced: s.synced})
+	s.current.Store(&Snapshot{entries: s.entries.Build(), node: s.node, early: s.early, synced: s.synced})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, ch := range s.subs {

@@ -64,10 +64,12 @@ func (a *API) Run(ctx context.Context) error {
 
 	ctx = klog.NewContext(ctx, logr.FromSlogHandler(debugOnly{a.Log.Handler()}))
 	var wg sync.WaitGroup
-	for _, s := range a.sources(cl, conv) {
+	all := a.sources(cl, conv)
+	for _, s := range all {
 		s.conn, s.report, s.noWatchList = conn, rep, a.NoWatchList
 		wg.Go(func() { keepListing(ctx, s.reflector(ctx, events)) })
 	}
+	wg.Go(func() { a.early(ctx, all, events) })
 	wg.Go(func() { newWriter(a.Store, stats).run(ctx, events) })
 	wg.Wait()
 	return nil

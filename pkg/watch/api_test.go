@@ -103,6 +103,40 @@ func TestAPIFollowsChanges(t *testing.T) {
 	})
 }
 
+// TestAPIImportantFirst: what a new node needs most is in the store while the
+// complete lists are still awaited, and nothing that those lack stays.
+func TestAPIImportantFirst(t *testing.T) {
+	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
+		place := func(o apiObject, namespace string) apiObject {
+			o.SetNamespace(namespace)
+			return o
+		}
+		hold := make(chan struct{})
+		f.mu.Lock()
+		f.hold = hold
+		f.mu.Unlock()
+		dns := place(apiService("kube-dns", "10.96.0.10"), "kube-system")
+		f.set("services", place(apiService("kubernetes", "10.96.0.1"), "default"))
+		f.set("services", place(apiService("other", "10.96.0.2"), "default"))
+		f.set("services", dns)
+		store, _ := follow()
+		eventually(t, "the important Services", func() bool { return store.Current().Early() })
+		get := func(namespace, name string) bool {
+			e := store.Current().Get(model.ServiceName{Namespace: namespace, Name: name})
+			return e != nil && e.Service != nil
+		}
+		if !get("default", "kubernetes") || !get("kube-system", "kube-dns") || get("default", "other") || store.Current().Synced() {
+			t.Error("not the important Services, or not only, or taken for all")
+		}
+		f.del("services", dns)
+		close(hold)
+		eventually(t, "the complete lists", func() bool { return store.Current().Synced() })
+		if !get("default", "kubernetes") || !get("default", "other") || get("kube-system", "kube-dns") {
+			t.Error("the complete lists are not what is in the store")
+		}
+	})
+}
+
 func TestAPIOutOfReach(t *testing.T) {
 	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
 		f.set("services", apiService("web", "10.96.0.1"))

@@ -48,6 +48,7 @@ type fakeAPI struct {
 	streaming bool          // serves sendInitialEvents
 	oldFields bool          // refuses the field selector spec.clusterIP
 	twice     bool          // sends every watch event twice
+	hold      chan struct{} // if not nil, requests for all namespaces wait until it is closed
 	requests  []string
 }
 
@@ -151,8 +152,13 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	resource := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
 	f.mu.Lock()
 	f.requests = append(f.requests, r.URL.String())
-	streaming, oldFields := f.streaming, f.oldFields
+	streaming, oldFields, hold := f.streaming, f.oldFields, f.hold
 	f.mu.Unlock()
+	_, namespace, _ := strings.Cut(r.URL.Path, "/namespaces/")
+	namespace, _, _ = strings.Cut(namespace, "/")
+	if hold != nil && namespace == "" {
+		<-hold
+	}
 	w.Header().Set("Content-Type", "application/json")
 	fieldSelector := q.Get("fieldSelector")
 	switch {
@@ -169,7 +175,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	matches := func(o apiObject) bool {
-		if o == nil || !sel.Matches(labels.Set(o.GetLabels())) {
+		if o == nil || !sel.Matches(labels.Set(o.GetLabels())) || namespace != "" && namespace != o.GetNamespace() {
 			return false
 		}
 		if name, ok := strings.CutPrefix(fieldSelector, "metadata.name="); ok {
@@ -363,7 +369,10 @@ func follow(t *testing.T, f *fakeAPI, change func(*API)) (*state.Store, *Stats) 
 			t.Error("Run does not end with its context")
 		}
 	})
-	eventually(t, "synced", func() bool { return store.Current().Synced() })
+	f.mu.Lock()
+	held := f.hold != nil
+	f.mu.Unlock()
+	eventually(t, "synced", func() bool { return held || store.Current().Synced() })
 	return store, stats
 }
 

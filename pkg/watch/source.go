@@ -88,6 +88,7 @@ type source struct {
 	client         rest.Interface
 	resource       string
 	list           runtime.Object // an empty list of the kind
+	namespace      string         // "": all
 	labels, fields string
 	fieldsOptional bool // try without if the server does not know the field
 	convert        converter
@@ -107,7 +108,7 @@ func (s *source) request(o metav1.ListOptions) *rest.Request {
 	if !s.fieldsRefused.Load() {
 		o.FieldSelector = s.fields
 	}
-	return s.client.Get().Resource(s.resource).VersionedParams(&o, parameterCodec)
+	return s.client.Get().NamespaceIfScoped(s.namespace, s.namespace != "").Resource(s.resource).VersionedParams(&o, parameterCodec)
 }
 
 // retryWithoutFields says whether a request failed because the server does not

@@ -48,6 +48,7 @@ func (r *record) empty() bool { return r.service == nil && r.slice == nil && r.n
 // event is one thing that happened at a source.
 type event struct {
 	kind   kind
+	early  bool    // read ahead of the complete list; without record: that was all
 	gone   bool    // the object of record was deleted
 	record *record // nil: all is the complete list of this kind
 	all    []*record
@@ -110,6 +111,10 @@ func (w *writer) drain(events <-chan event) {
 
 func (w *writer) apply(e event) {
 	switch {
+	case e.early && e.record == nil:
+		w.store.SetEarly()
+	case e.early && (w.listed[e.kind] || e.record.empty()):
+		// The complete list is newer: what it lacks must not come back.
 	case e.record == nil:
 		w.replace(e.kind, e.all)
 	case e.gone || e.record.empty():

@@ -390,3 +390,35 @@ func TestDriftBesideASync(t *testing.T) {
 		t.Fatalf("its own repair was taken for a change by others: looked %v, error %v", looked, err)
 	}
 }
+
+// TestPrime: a node without rules gets the important Services first; one that
+// has rules keeps them all.
+func TestPrime(t *testing.T) {
+	w := newWorld(rand.New(rand.NewPCG(11, 12)), model.IPv4, 100)
+	for range 400 {
+		w.step()
+	}
+	set := w.planner.Set()
+	ctx := context.Background()
+	k := newFake(w.r)
+	if wrote, err := newProxier(w.options(), k).Prime(ctx, set); !wrote || err != nil {
+		t.Fatalf("wrote %v, error %v", wrote, err)
+	}
+	if got := k.text(); !strings.Contains(got, "kube-system/") || strings.Contains(got, " ns/") || strings.Contains(got, "\"ns/") {
+		t.Fatalf("not the important Services, or not only:\n%s", got)
+	}
+	x := newProxier(w.options(), k)
+	if err := x.Sync(ctx, set); err != nil {
+		t.Fatal(err)
+	}
+	want := fresh(t, w, set, nil)
+	if k.text() != want {
+		t.Fatalf("after the full Sync:\n%s", cmp.Diff(want, k.text()))
+	}
+	if wrote, err := newProxier(w.options(), k).Prime(ctx, plan.EmptySet(set.Facts)); wrote || err != nil || k.text() != want {
+		t.Fatalf("a node with rules was primed: wrote %v, error %v", wrote, err)
+	}
+	if wrote, err := newProxier(w.options(), k).Prime(ctx, set); wrote || err != nil || k.text() != want {
+		t.Fatalf("a node with rules was primed: wrote %v, error %v", wrote, err)
+	}
+}

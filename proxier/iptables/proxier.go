@@ -281,6 +281,17 @@ func (x *Proxier) read(ctx context.Context) (*actual, error) {
 	return have, err
 }
 
+// Prime programs the important Services of a Set, if the kernel has no rules of
+// ours at all, and says whether it did. The next Sync reads what is there.
+func (x *Proxier) Prime(ctx context.Context, want *plan.Set) (bool, error) {
+	have, err := x.read(ctx)
+	if err != nil || len(have.chains) > 0 || want.Len() == 0 {
+		return false, err
+	}
+	_, err = x.serveImportant(ctx, want, have)
+	return err == nil, err
+}
+
 // serveImportant programs the important Services on a node that has no rules of
 // ours yet. A refusal is left to the full load, which finds the culprit.
 func (x *Proxier) serveImportant(ctx context.Context, want *plan.Set, have *actual) (*actual, error) {
