@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	runtimedebug "runtime/debug"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -70,6 +71,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	if err := a.refuseBesideAnother(ctx, cfg); err != nil {
 		return err
 	}
+	boundMemory()
 	prepareHost(cfg, log, true)
 	source, err := a.source(cfg)
 	if err != nil {
@@ -97,6 +99,15 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		log.Info("Stopped. The rules stay in force: traffic goes on by the last state, until the agent runs again or --cleanup removes them")
 	}
 	return err
+}
+
+// boundMemory trades CPU for memory: what a large cluster's lists leave behind is
+// garbage soon, and an agent on every node should not keep room for as much
+// again. GOGC in the environment wins.
+func boundMemory() {
+	if os.Getenv("GOGC") == "" {
+		runtimedebug.SetGCPercent(50)
+	}
 }
 
 // serve builds what needs the Node or the kernel, and starts it.

@@ -3,6 +3,7 @@ package app
 import (
 	"context"
 	"fmt"
+	runtimedebug "runtime/debug"
 	"time"
 
 	"k8s.io/component-base/logs"
@@ -53,6 +54,10 @@ func (o *observer) Synced(r reconcile.Result) {
 	o.a.log.Debug("Rules are in force", "ipFamily", f, "took", r.Took, "ports", r.Set.Len(), "endpoints", r.Set.Endpoints)
 	if r.First {
 		o.a.log.Info("All Services are served", "ipFamily", f, "took", r.Took, "ports", r.Set.Len(), "endpoints", r.Set.Endpoints)
+	}
+	if r.First {
+		// The first load leaves more garbage than all that follows.
+		go runtimedebug.FreeOSMemory()
 	}
 	if o.first {
 		o.count()
