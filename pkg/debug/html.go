@@ -62,7 +62,7 @@ func writePage(w http.ResponseWriter, title, body string) {
 func htmlServices(w http.ResponseWriter, out *bufio.Writer, rows func(func(rowView))) {
 	htmlHeaders(w)
 	fmt.Fprint(out, pageHead("Services"), `<h1>Services</h1><p class="sub"><a href="/sluice/">Sluice</a> · <a href="/sluice/services">all</a> · <a href="?problems">problems</a> · <a href="?format=json">JSON</a> · <a href="?format=text">text</a></p>`,
-		`<div class="scroll"><table><tr><th>Service port</th><th>Family</th><th>Frontends</th><th class="n">Endpoints</th><th class="n">Local</th><th>State</th></tr>`)
+		`<div class="scroll"><table><tr><th>Service port</th><th>Family</th><th>Frontends</th><th class="n">Endpoints</th><th class="n">Here</th><th>State</th></tr>`)
 	none := true
 	rows(func(v rowView) {
 		none = false
@@ -83,7 +83,7 @@ func htmlServices(w http.ResponseWriter, out *bufio.Writer, rows func(func(rowVi
 			fmt.Fprintf(out, `<code>%s</code> <span class="soft">%s</span>`, html.EscapeString(addr), html.EscapeString(kind))
 		}
 		fmt.Fprintf(out, `</td><td class="n">%d</td><td class="n">%d</td><td class="%s">%s</td></tr>`+"\n",
-			v.Cluster, v.Local, class, html.EscapeString(state))
+			v.Endpoints, v.Here, class, html.EscapeString(state))
 	})
 	if none {
 		fmt.Fprint(out, `<tr><td colspan="6" class="soft">None.</td></tr>`)

@@ -119,7 +119,7 @@ func (s *Server) rows(query url.Values) func(func(rowView)) {
 func textServices(out io.Writer, rows func(func(rowView))) {
 	columns := func(v rowView) [6]string {
 		return [6]string{title(v.Namespace, v.Name, v.Port), v.Family, v.Protocol, joinOr(v.Frontends, "none"),
-			fmt.Sprintf("%d (%d local)", v.Cluster, v.Local), stateText(v)}
+			fmt.Sprintf("%d (%d here)", v.Endpoints, v.Here), stateText(v)}
 	}
 	header := [6]string{"SERVICE", "FAMILY", "PROTO", "FRONTENDS", "ENDPOINTS", "STATE"}
 	var width [6]int

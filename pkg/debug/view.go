@@ -63,8 +63,8 @@ type rowView struct {
 	Protocol  string   `json:"protocol"`
 	Family    string   `json:"ipFamily"`
 	Frontends []string `json:"frontends"`
-	Cluster   int      `json:"clusterEndpoints"`
-	Local     int      `json:"localEndpoints"`
+	Endpoints int      `json:"endpoints"`  // that new connections from here can reach
+	Here      int      `json:"onThisNode"` // of these, or on a node that is not known
 	Problem   bool     `json:"problem"`
 	State     []string `json:"state,omitempty"`
 }
@@ -161,12 +161,26 @@ func endpointViews(p *plan.Plan) []endpointView {
 	return out
 }
 
+// inUse counts the endpoints that some route leads to, and those that may be on
+// this node.
+func inUse(p *plan.Plan) (all, here int) {
+	for _, e := range endpointViews(p) {
+		if len(e.UsedBy) > 0 {
+			all++
+			if e.Local {
+				here++
+			}
+		}
+	}
+	return all, here
+}
+
 func (s *Server) rowView(f model.Family, p *plan.Plan) rowView {
 	v := rowView{
 		Namespace: p.PortKey.Namespace, Name: p.PortKey.Name, Port: p.PortKey.Port,
 		Protocol: p.Protocol.String(), Family: f.String(), Frontends: []string{},
-		Cluster: len(p.Cluster), Local: len(p.Local),
 	}
+	v.Endpoints, v.Here = inUse(p)
 	for i := range p.Frontends {
 		v.Frontends = append(v.Frontends, name(&p.Frontends[i]))
 	}

@@ -27,7 +27,7 @@ type Peer struct {
 // String says in one sentence why we do not start beside it, and what to do.
 func (p Peer) String() string {
 	who, remedy := "kube-proxy (or another service proxy)",
-		"remove it from this node first (kubeadm: kubectl -n kube-system delete daemonset kube-proxy)"
+		"keep it off this node first (deploy/README.md: a nodeSelector that no node has, on the DaemonSet kube-proxy)"
 	if p.Sluice {
 		who, remedy = "another Sluice", "stop it first"
 	}

@@ -25,7 +25,7 @@ func TestPeerProxy(t *testing.T) {
 		want             []string // parts of the sentence; nil: nobody
 	}{
 		{"nobody", nil, nil, nil},
-		{"kube-proxy by its metrics port", nil, answer(200, "iptables"), []string{"kube-proxy (or another service proxy) in mode iptables", "twice", "delete daemonset kube-proxy"}},
+		{"kube-proxy by its metrics port", nil, answer(200, "iptables"), []string{"kube-proxy (or another service proxy) in mode iptables", "twice", "keep it off this node", "nodeSelector"}},
 		{"kube-proxy by its health port", answer(200, report), nil, []string{"kube-proxy (or another", "answers on 127.0.0.1:"}},
 		{"kube-proxy on a node being drained", answer(503, report), nil, []string{"kube-proxy"}},
 		{"another Sluice", ours, nil, []string{"another Sluice answers", "stop it first"}},
