@@ -128,7 +128,11 @@ type target struct {
 	from  client
 	to    []netip.AddrPort
 	turns []time.Duration // median of each turn
+	lost  int             // attempts without an answer
 }
+
+// tolerable is how many lost attempts are a remark and not the end.
+const tolerable = 20
 
 // timed times n connections to every target, in turns of a few: what disturbs
 // the machine for longer than a turn disturbs all targets' turns of the same
@@ -157,7 +161,10 @@ func (t *target) turn(n int) error {
 				continue // a signal of the Go runtime; no sample
 			}
 			if err != nil {
-				return fmt.Errorf("connect to %s: %w", to, err)
+				if t.lost++; t.lost > tolerable {
+					return fmt.Errorf("connect to %s: %w", to, err)
+				}
+				continue
 			}
 			unix.Close(fd)
 			if k >= 0 {

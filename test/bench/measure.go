@@ -225,7 +225,11 @@ func (t *trial) newConnections(ctx context.Context) error {
 	n := t.s.connections
 	t.set("conn.base", reading{Value: micro(base.median()), N: n})
 	t.set("conn.other", reading{Value: micro(other.above(base)), N: n})
-	t.set("conn.service", reading{Value: micro(service.above(base)), N: n})
+	r := reading{Value: micro(service.above(base)), N: n}
+	if lost := base.lost + other.lost + service.lost; lost > 0 {
+		r.Note = fmt.Sprintf("%d connections lost: %d through Services, %d to none, %d where there are no rules", lost, service.lost, other.lost, base.lost)
+	}
+	t.set("conn.service", r)
 	t.set("conn.slowest", reading{Value: micro(service.slowestAbove(base)), N: n})
 	return nil
 }
