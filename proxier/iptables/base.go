@@ -1,12 +1,12 @@
 package iptables
 
 import (
-	"net/netip"
 	"strconv"
 	"strings"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier"
 )
 
 // Names of the nfacct objects that kube-proxy counts with, and that its metrics
@@ -16,28 +16,19 @@ const (
 	LocalhostNodePortsCounter = "localhost_nps_accepted_pkts"
 )
 
-// Detector tells pods of this node from everybody else, for one family. At most
-// one field is set; none means that they cannot be told apart.
-type Detector struct {
-	CIDR            netip.Prefix // ClusterCIDR and NodeCIDR
-	BridgeInterface string
-	InterfacePrefix string
-}
+// Detector tells pods of this node from everybody else.
+type Detector = proxier.Detector
 
-// Detects says whether the detector can tell anything.
-func (d Detector) Detects() bool { return d != Detector{} }
+func local(d Detector, r rule) rule    { return match(d, r, "") }
+func notLocal(d Detector, r rule) rule { return match(d, r, "! ") }
 
-func (d Detector) local(r rule) rule    { return d.match(r, "") }
-func (d Detector) notLocal(r rule) rule { return d.match(r, "! ") }
-
-func (d Detector) match(r rule, not string) rule {
-	switch {
-	case d.CIDR.IsValid():
-		r.src = not + d.CIDR.Masked().String()
-	case d.BridgeInterface != "":
-		r.in = not + d.BridgeInterface
-	case d.InterfacePrefix != "":
-		r.in = not + d.InterfacePrefix + "+"
+func match(d Detector, r rule, not string) rule {
+	src, in := d.Match()
+	if src != "" {
+		r.src = not + src
+	}
+	if in != "" {
+		r.in = not + in
 	}
 	return r
 }

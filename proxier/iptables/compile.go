@@ -163,7 +163,7 @@ func (c compiler) masqueradeInternal(p *plan.Plan, n portNames, f *plan.Frontend
 	switch {
 	case f.FromPod.Masquerade:
 	case f.FromOutside.Masquerade:
-		r = c.detector.notLocal(r)
+		r = notLocal(c.detector, r)
 	default:
 		return nil
 	}
@@ -310,7 +310,7 @@ func (c compiler) externalChain(n portNames, f *plan.Frontend) chain {
 		return ch
 	}
 	if f.FromPod != f.FromOutside {
-		add(c.detector.local(rule{comment: "pod traffic for " + external, target: jump(f.FromPod.To)}))
+		add(local(c.detector, rule{comment: "pod traffic for " + external, target: jump(f.FromPod.To)}))
 	}
 	if f.FromNode.Masquerade {
 		add(rule{comment: "masquerade LOCAL traffic for " + external, match: srcLocal, target: toMarkMasq})
