@@ -143,7 +143,50 @@ type Service struct {
 	// externalTrafficPolicy Local.
 	HealthCheckNodePort uint16
 
+	// Balance is what the Service asks of modes that have schedulers; nil if it
+	// says nothing, as most do.
+	Balance *Balance
+
 	Ports []ServicePort
+}
+
+// Balance is how a Service wants new connections shared out, where the mode has
+// a choice. It is what was asked for: whether this node can do so is the
+// planner's to say.
+type Balance struct {
+	Scheduler string // the kernel's name of it; "": not said
+
+	// SchedFlags are the scheduler flags to set, by ipvsadm's names ("mh-port"),
+	// sorted. FlagsSet tells none at all from not said.
+	SchedFlags []string
+	FlagsSet   bool
+
+	Weights *Weights // nil: not said
+
+	// Problems are sentences about what could not be read, and therefore counts
+	// as not said.
+	Problems []string
+}
+
+// Weights are endpoints' shares of new connections. An endpoint's name goes
+// before its zone, and that before the default. 0 means no new connections.
+type Weights struct {
+	Names, Zones map[string]uint16
+	Default      uint16
+}
+
+// Of returns the weight of an endpoint; nil stands for an origin that is not
+// known.
+func (w *Weights) Of(o *Origin) uint16 {
+	if o != nil {
+		if n, ok := w.Names[o.Name]; ok && o.Name != "" {
+			return n
+		}
+		if n, ok := w.Zones[o.Zone]; ok && o.Zone != "" {
+			return n
+		}
+	}
+	return w.Default
 }
 
 // ServicePort is one entry of a Service's spec.ports.
@@ -184,7 +227,15 @@ type Endpoint struct {
 	Ready       bool
 	Serving     bool
 	Terminating bool
-	Hints       *Hints // nil: none
+	Hints       *Hints  // nil: none
+	Origin      *Origin // nil: not known, or not kept because nothing asks for it
+}
+
+// Origin is what an endpoint is called and where it stands: what a Service's
+// Weights can tell it by.
+type Origin struct {
+	Name string // the Pod's, or else the hostname; "" if neither is known
+	Zone string // "" if unknown
 }
 
 // Hints are an endpoint's topology hints (EndpointSlice hints.forZones and

@@ -32,8 +32,9 @@ func (c choice) target(local bool) Target {
 // candidate is one endpoint of a Service port before policy. at points into an
 // immutable Slice.
 type candidate struct {
-	addr netip.AddrPort
-	at   *model.Endpoint
+	addr   netip.AddrPort
+	at     *model.Endpoint
+	weight uint16
 }
 
 // candidates collects a port's endpoints over all slices, sorted by address.
@@ -58,7 +59,7 @@ func candidates(key model.PortKey, epSlices []*model.Slice, family model.Family)
 			for i := range sl.Endpoints {
 				ep := &sl.Endpoints[i]
 				if ep.Addr.IsValid() && model.FamilyOf(ep.Addr) == family {
-					out = append(out, candidate{netip.AddrPortFrom(ep.Addr, port.Port), ep})
+					out = append(out, candidate{netip.AddrPortFrom(ep.Addr, port.Port), ep, 1})
 				}
 			}
 		}
@@ -92,6 +93,7 @@ func rank(e *model.Endpoint) int {
 // itself reach even policy Local frontends through it.
 func chooseFor(svc *model.Service, key model.PortKey, epSlices []*model.Slice, facts *Facts, external bool) choice {
 	all := candidates(key, epSlices, facts.Family)
+	weigh(all, svc, facts)
 	var c choice
 	useCluster := !svc.InternalLocal || external
 	useLocal := svc.InternalLocal || (svc.ExternalLocal && external)
@@ -157,7 +159,7 @@ func pick(all []candidate, facts *Facts, keep func(candidate) bool) []Endpoint {
 	out := make([]Endpoint, 0, n)
 	for _, x := range all {
 		if keep(x) {
-			out = append(out, Endpoint{x.addr, x.at.Node == "" || x.at.Node == facts.NodeName})
+			out = append(out, Endpoint{x.addr, x.at.Node == "" || x.at.Node == facts.NodeName, x.weight})
 		}
 	}
 	return out

@@ -25,6 +25,7 @@ func Make(svc *model.Service, epSlices []*model.Slice, facts *Facts) []*Plan {
 	if svc.HealthCheckNodePort != 0 {
 		healthLocal = readyLocalAddresses(svc, epSlices, facts)
 	}
+	balance, problems := balanceOf(svc.Balance, facts)
 	for _, port := range svc.Ports {
 		key := model.PortKey{Namespace: svc.Namespace, Name: svc.Name, Port: port.Name, Protocol: port.Protocol}
 		if port.Port == 0 || seen[key] {
@@ -33,6 +34,7 @@ func Make(svc *model.Service, epSlices []*model.Slice, facts *Facts) []*Plan {
 		seen[key] = true
 		p := makePort(svc, port, addrs, chooseFor(svc, key, epSlices, facts, addrs.external || port.NodePort != 0), facts)
 		p.HealthPort, p.HealthLocal = svc.HealthCheckNodePort, healthLocal
+		p.Balance, p.Problems = balance, problems
 		plans = append(plans, p)
 	}
 	return plans

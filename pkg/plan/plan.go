@@ -95,6 +95,10 @@ type Endpoint struct {
 	// and endpoint of one connection (hairpin). An endpoint whose node is
 	// unknown counts as one that may be.
 	Local bool
+	// Weight is the endpoint's share of new connections against that of others: 1
+	// if nothing is said, and in every mode without schedulers. 0 means that it
+	// gets none, though it keeps those it has.
+	Weight uint16
 }
 
 // Plan is what this node must do for one Service port. It is immutable.
@@ -114,6 +118,8 @@ type Plan struct {
 
 	Affinity time.Duration // sessionAffinity ClientIP's timeout, 0: none
 
+	Balance Balance // how an endpoint is chosen; zero in modes without schedulers
+
 	// HealthPort is the Service's healthCheckNodePort (0: none) and HealthLocal
 	// how many distinct ready endpoint addresses of the Service this node has.
 	HealthPort  uint16
@@ -124,6 +130,11 @@ type Plan struct {
 
 	// Lost are frontends that an older Service already has.
 	Lost []Clash
+
+	// Problems are sentences for people about settings of the Service that cannot
+	// be followed here; for each the default is in force. All plans of a Service
+	// have the same.
+	Problems []string
 
 	// Important Services are programmed first after a start from nothing.
 	Important bool
@@ -146,7 +157,7 @@ func (p *Plan) UID() string { return p.uid }
 
 // Equal says whether two plans ask for the same, reasons included.
 func (p *Plan) Equal(o *Plan) bool {
-	return p.PortKey == o.PortKey && p.Affinity == o.Affinity &&
+	return p.PortKey == o.PortKey && p.Affinity == o.Affinity && p.Balance == o.Balance &&
 		p.HealthPort == o.HealthPort && p.HealthLocal == o.HealthLocal &&
 		p.Why == o.Why && p.Important == o.Important &&
 		p.created.Equal(o.created) && p.uid == o.uid &&
@@ -154,6 +165,7 @@ func (p *Plan) Equal(o *Plan) bool {
 		slices.Equal(p.Cluster, o.Cluster) &&
 		slices.Equal(p.Local, o.Local) &&
 		slices.Equal(p.Serving, o.Serving) &&
+		slices.Equal(p.Problems, o.Problems) &&
 		slices.EqualFunc(p.Lost, o.Lost, func(a, b Clash) bool {
 			return a.Winner == b.Winner && a.Frontend.Equal(b.Frontend)
 		})
@@ -172,12 +184,23 @@ type Facts struct {
 	RefuseExternalIPs  bool // feature gate AllowServiceExternalIPs is off
 	NodePorts          NodePortAddresses
 	LocalhostNodePorts bool // NodePorts on 127.0.0.1 (IPv4 only)
+
+	// Schedulers are the kernel's, sorted. Nil says that the mode has none, and
+	// that what Services ask of schedulers is not looked at.
+	Schedulers []string
+	// DefaultScheduler is what a Balance without a Scheduler stands for.
+	DefaultScheduler string
+
+	// OwnAddrs are the node's own addresses of the family, sorted, in modes that
+	// need a kernel object for each (ipvs); nil in others. Where they are given,
+	// NodePorts.All means these.
+	OwnAddrs []netip.Addr
 }
 
 // NodePortAddresses says on which of the node's addresses NodePorts are served.
 // kube-proxy's nodePortAddresses, worked out for one family.
 type NodePortAddresses struct {
-	All   bool         // every local address, also ones that come later
+	All   bool         // every local address, also ones that come later: see Facts.OwnAddrs
 	Addrs []netip.Addr // otherwise these, sorted
 }
 
@@ -186,7 +209,9 @@ func (f *Facts) Equal(o *Facts) bool {
 	return f.Family == o.Family && f.NodeName == o.NodeName && f.Zone == o.Zone && f.NodeIP == o.NodeIP &&
 		f.DetectLocal == o.DetectLocal && f.MasqueradeAll == o.MasqueradeAll &&
 		f.RefuseExternalIPs == o.RefuseExternalIPs && f.LocalhostNodePorts == o.LocalhostNodePorts &&
-		f.NodePorts.All == o.NodePorts.All && slices.Equal(f.NodePorts.Addrs, o.NodePorts.Addrs)
+		f.NodePorts.All == o.NodePorts.All && slices.Equal(f.NodePorts.Addrs, o.NodePorts.Addrs) &&
+		(f.Schedulers == nil) == (o.Schedulers == nil) && slices.Equal(f.Schedulers, o.Schedulers) &&
+		f.DefaultScheduler == o.DefaultScheduler && slices.Equal(f.OwnAddrs, o.OwnAddrs)
 }
 
 // Reason explains a plan in words that an operator understands. It is a set of
