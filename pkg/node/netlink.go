@@ -2,11 +2,13 @@ package node
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -49,11 +51,9 @@ func Addresses(family model.Family) ([]netip.Addr, error) {
 }
 
 func addresses(family model.Family) ([]netip.Addr, error) {
-	exclude := -1
-	if link, err := netlink.LinkByName(vipDevice); err == nil {
-		exclude = link.Attrs().Index
-	} else if !errors.As(err, new(netlink.LinkNotFoundError)) {
-		return nil, fmt.Errorf("look up %s: %w", vipDevice, err)
+	exclude, err := vipIndex()
+	if err != nil {
+		return nil, err
 	}
 	af := netlink.FAMILY_V4
 	if family == model.IPv6 {
@@ -76,10 +76,26 @@ func addresses(family model.Family) ([]netip.Addr, error) {
 	return slices.Compact(out), nil
 }
 
+// vipIndex returns the index of kube-ipvs0, which no other link has, or noLink.
+func vipIndex() (int, error) {
+	link, err := netlink.LinkByName(vipDevice)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return noLink, nil
+	}
+	if err != nil {
+		return noLink, fmt.Errorf("look up %s: %w", vipDevice, err)
+	}
+	return link.Attrs().Index, nil
+}
+
+// noLink is the index of no link: the kernel's begin at 1.
+const noLink = 0
+
 // Watch calls changed soon after addresses or links of the node's change, once
 // for changes that come together, and once at the beginning and whenever
-// messages may have been lost. It subscribes in the network namespace of the
-// calling thread and returns nil when ctx ends.
+// messages may have been lost. Addresses of kube-ipvs0, thousands of which come
+// with a large cluster, are not worth a call. It subscribes in the network
+// namespace of the calling thread and returns nil when ctx ends.
 func Watch(ctx context.Context, changed func()) error {
 	pause := retryFirst
 	for {
@@ -113,17 +129,24 @@ func watchOnce(ctx context.Context, changed func()) (heard bool, err error) {
 	// A read that waits ends when ctx does.
 	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
+	msgs := messages{buf: make([]byte, 1<<16)}
+	if msgs.vips, err = vipIndex(); err != nil {
+		return false, err
+	}
 	changed() // what came before the subscription is not told by it
-	buf := make([]byte, 1<<16)
 	for {
-		if err := read(ctx, f, buf, time.Time{}); err != nil {
+		matters, err := msgs.read(ctx, f, time.Time{})
+		if err != nil {
 			return heard, err
 		}
 		heard = true
+		if !matters {
+			continue
+		}
 		// Collect what follows closely.
 		until := time.Now().Add(settleFor)
 		for {
-			err := read(ctx, f, buf, until)
+			_, err := msgs.read(ctx, f, until)
 			if ctx.Err() != nil {
 				return heard, nil
 			}
@@ -138,22 +161,82 @@ func watchOnce(ctx context.Context, changed func()) (heard bool, err error) {
 	}
 }
 
-// read waits for messages. That some were lost is a message, too: the socket
-// stays subscribed.
-func read(ctx context.Context, f *os.File, buf []byte, until time.Time) error {
+// messages reads what a subscription tells.
+type messages struct {
+	buf  []byte
+	vips int // index of kube-ipvs0, or noLink
+}
+
+// read waits for messages and says whether one of them matters. That some were
+// lost is a message, too: the socket stays subscribed.
+func (m *messages) read(ctx context.Context, f *os.File, until time.Time) (matters bool, err error) {
 	if err := f.SetReadDeadline(until); err != nil {
-		return err
+		return false, err
 	}
 	// The end of ctx sets a deadline of its own, which the line above may just
 	// have overwritten.
 	if err := ctx.Err(); err != nil {
-		return err
+		return false, err
 	}
-	_, err := f.Read(buf)
+	n, err := f.Read(m.buf)
 	if errors.Is(err, unix.ENOBUFS) {
-		return nil
+		m.vips, err = vipIndex()
+		return true, err
 	}
-	return err
+	if err != nil {
+		return false, err
+	}
+	return m.matter(m.buf[:n]), nil
+}
+
+// matter says whether any of the messages is about more than an address of
+// kube-ipvs0, and follows the coming and going of that link. What it cannot read
+// matters.
+func (m *messages) matter(data []byte) bool {
+	list, err := syscall.ParseNetlinkMessage(data)
+	if err != nil {
+		return true
+	}
+	matters := false
+	for _, msg := range list {
+		index := noLink
+		if len(msg.Data) >= 8 { // both kinds of header have it at the same place
+			index = int(binary.NativeEndian.Uint32(msg.Data[4:8]))
+		}
+		switch msg.Header.Type {
+		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+			matters = true
+			switch {
+			case linkName(&msg) != vipDevice:
+				if index == m.vips {
+					m.vips = noLink // renamed
+				}
+			case msg.Header.Type == unix.RTM_NEWLINK:
+				m.vips = index
+			default:
+				m.vips = noLink
+			}
+		case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+			matters = matters || index == noLink || index != m.vips
+		default:
+			matters = true
+		}
+	}
+	return matters
+}
+
+// linkName returns the name that a message about a link has, or "".
+func linkName(msg *syscall.NetlinkMessage) string {
+	attrs, err := syscall.ParseNetlinkRouteAttr(msg)
+	if err != nil {
+		return ""
+	}
+	for _, a := range attrs {
+		if a.Attr.Type == unix.IFLA_IFNAME {
+			return unix.ByteSliceToString(a.Value)
+		}
+	}
+	return ""
 }
 
 // subscribe opens a netlink socket that hears of links and addresses.

@@ -136,12 +136,12 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// addMany adds n addresses to lo.
-func addMany(t *testing.T, n int) {
+// addMany adds n addresses to an interface.
+func addMany(t *testing.T, device string, n int) {
 	t.Helper()
 	var batch strings.Builder
 	for i := range n {
-		fmt.Fprintf(&batch, "addr add 10.%d.%d.1/32 dev lo\n", 1+i>>8, i&255)
+		fmt.Fprintf(&batch, "addr add 10.%d.%d.1/32 dev %s\n", 1+i>>8, i&255, device)
 	}
 	cmd := exec.Command("ip", "-batch", "-")
 	cmd.Stdin = strings.NewReader(batch.String())
@@ -159,7 +159,7 @@ func TestWatchCoalesces(t *testing.T) {
 	awaitCall(t, calls, "start")
 	const n = 3000
 	begin := time.Now()
-	addMany(t, n)
+	addMany(t, "lo", n)
 	took := time.Since(begin)
 	count := 0
 	for list := []netip.Addr(nil); len(list) != n+1; count++ {
@@ -174,6 +174,45 @@ func TestWatchCoalesces(t *testing.T) {
 	}
 }
 
+// TestWatchIgnoresVIPs: ipvs mode adds an address for each Service, and nobody
+// needs to hear of that; also where kube-ipvs0 is made under a running Watch, and
+// made again.
+func TestWatchIgnoresVIPs(t *testing.T) {
+	enter := inNamespace(t)
+	ip(t, "link set lo up")
+	calls := watching(t, enter, nil)
+	awaitCall(t, calls, "start")
+	// own is a change that matters, and comes after all that was before it.
+	own := func(addr string) {
+		t.Helper()
+		ip(t, "addr add "+addr+" dev lo")
+		for {
+			awaitCall(t, calls, addr)
+			list, err := Addresses(model.IPv4)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if slices.Contains(list, netip.MustParsePrefix(addr).Addr()) {
+				return
+			}
+		}
+	}
+	for i := range 2 {
+		ip(t, "link add kube-ipvs0 type bridge")
+		own(fmt.Sprintf("192.168.1.%d/32", i+1))
+		for len(calls) > 0 {
+			<-calls
+		}
+		addMany(t, "kube-ipvs0", 500)
+		own(fmt.Sprintf("192.168.2.%d/32", i+1))
+		if n := len(calls); n > 0 {
+			t.Errorf("%d more calls than the one for the node's own address", n)
+		}
+		ip(t, "link del kube-ipvs0")
+		own(fmt.Sprintf("192.168.3.%d/32", i+1))
+	}
+}
+
 // TestWatchOverflow: while the caller is busy more comes than the socket holds.
 // It is told once it is free, and of later changes, too.
 func TestWatchOverflow(t *testing.T) {
@@ -183,7 +222,7 @@ func TestWatchOverflow(t *testing.T) {
 	calls := watching(t, enter, gate)
 	awaitCall(t, calls, "start")
 	// The call is still going on.
-	addMany(t, 5000)
+	addMany(t, "lo", 5000)
 	if !dropped(t) {
 		t.Error("no socket lost a message: the test shows nothing")
 	}

@@ -67,13 +67,13 @@ func Select(spec Spec, family model.Family, addrs []netip.Addr, primary netip.Ad
 }
 
 // IncludesLocalhost says whether NodePorts are asked for on 127.0.0.1 by a Spec.
-// Whether they are served there depends on --iptables-localhost-nodeports, too.
+// Whether they are served there depends on the mode and on
+// --iptables-localhost-nodeports, too. Other loopback addresses do not count: the
+// node has them, but on no interface, and so nothing is ever served there.
 func IncludesLocalhost(spec Spec, primary netip.Addr) bool {
 	list, all := spec.prefixes(model.IPv4, primary)
-	first := loopback[model.IPv4].Addr()
-	return all || slices.ContainsFunc(list, func(p netip.Prefix) bool {
-		return p.Addr().IsLoopback() || p.Contains(first)
-	})
+	localhost := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	return all || slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(localhost) })
 }
 
 // PrimaryIP returns the node's primary IP of a family: the bind address if it is

@@ -88,6 +88,8 @@ func TestIncludesLocalhost(t *testing.T) {
 		{"only IPv6 given", Spec{Prefixes: cidrs("fd00::/8")}, true},
 		{"network", Spec{Prefixes: cidrs("10.0.0.0/8")}, false},
 		{"one loopback address", Spec{Prefixes: cidrs("127.0.0.1/32")}, true},
+		{"another loopback address", Spec{Prefixes: cidrs("127.0.0.2/32")}, false},
+		{"primary and localhost", Spec{Primary: true, Localhost: true}, true},
 		{"wide", Spec{Prefixes: cidrs("64.0.0.0/2")}, true},
 		{"zero", Spec{Prefixes: cidrs("0.0.0.0/0")}, true},
 	} {

@@ -127,16 +127,74 @@ type Network struct {
 	// LocalhostNodePorts says that IPv4 NodePorts are served on 127.0.0.1 by
 	// iptables: translated packets leave with a loopback source.
 	LocalhostNodePorts bool
+	// IPVS says that the ipvs mode runs, on a kernel of version Kernel (zero:
+	// unknown).
+	IPVS   bool
+	Kernel KernelVersion
+	// StrictARP is --ipvs-strict-arp; it counts with IPVS only.
+	StrictARP bool
 }
 
 // NetworkSysctls compares the settings with what is in force. Forwarding itself
-// (ip_forward) and bridge-nf-call-iptables are the network plugin's business, in
-// kube-proxy as here.
+// (ip_forward) and bridge-nf-call-iptables are the network plugin's business in
+// iptables mode, and ip_forward the proxy's in ipvs mode: in kube-proxy as here.
 func NetworkSysctls(settings Network, read Reader) []Change {
-	if !settings.LocalhostNodePorts {
-		return nil
+	var out []Change
+	raise := func(path string, want int, why string) {
+		out = appendRaise(out, read, "proc/sys/net/ipv4/"+path, want, why, nil)
 	}
-	return appendRaise(nil, read, "proc/sys/net/ipv4/conf/all/route_localnet", 1,
-		"NodePorts on localhost; to leave it off, set iptables.localhostNodePorts to false, "+
-			"or nodePortAddresses to something without loopback addresses (kubernetes issue 90259)", nil)
+	if settings.LocalhostNodePorts {
+		raise("conf/all/route_localnet", 1,
+			"NodePorts on localhost; to leave it off, set iptables.localhostNodePorts to false, "+
+				"or nodePortAddresses to something without loopback addresses (kubernetes issue 90259)")
+	}
+	if !settings.IPVS {
+		return out
+	}
+	raise("ip_forward", 1, "packets to endpoints on other hosts are forwarded by this one")
+	raise("vs/conntrack", 1, "IPVS connections are known to conntrack, so that iptables can masquerade them")
+	if noReuse(settings.Kernel) {
+		out = appendSet(out, read, "proc/sys/net/ipv4/vs/conn_reuse_mode", 0, ReuseText(settings.Kernel))
+	}
+	raise("vs/expire_nodest_conn", 1, "a connection whose endpoint was removed ends with its next packet, in place of hanging")
+	raise("vs/expire_quiescent_template", 1, "sessionAffinity lets go of an endpoint that gets no new connections")
+	if settings.StrictARP {
+		raise("conf/all/arp_ignore", 1, "ipvs.strictARP: the node does not answer ARP for Service addresses on kube-ipvs0")
+		raise("conf/all/arp_announce", 2, "ipvs.strictARP: the node does not announce Service addresses on kube-ipvs0")
+	}
+	return out
+}
+
+// noReuse says whether conn_reuse_mode must be off: with it on, these kernels
+// drop the first packet of a client that uses a port again, and the client waits
+// a second (kubernetes issue 81775; mended by kernel commit f0a5e4d7a594).
+func noReuse(v KernelVersion) bool { return v.AtLeast(4, 1) && !v.AtLeast(5, 9) }
+
+// ReuseText says what a kernel does about a client that uses a source port again
+// while IPVS still knows the connection before.
+func ReuseText(v KernelVersion) string {
+	switch {
+	case v == KernelVersion{}:
+		return "the kernel's version is not known, so conn_reuse_mode stays as it is"
+	case noReuse(v):
+		return fmt.Sprintf("on Linux %s a client that uses a port again goes to the endpoint of before, also while that one is leaving: "+
+			"the other setting would delay it by a second (mended in 5.9)", v)
+	case !v.AtLeast(4, 1):
+		return fmt.Sprintf("Linux %s has no conn_reuse_mode: a client that uses a port again goes to the endpoint of before", v)
+	}
+	return fmt.Sprintf("Linux %s chooses an endpoint anew for a client that uses a port again, without the delay of kernels before 5.9", v)
+}
+
+// appendSet adds what is to be done to have exactly want.
+func appendSet(out []Change, read Reader, path string, want int, why string) []Change {
+	c := Change{Path: path, Want: want, Why: why}
+	have, err := read(path)
+	switch {
+	case err != nil:
+		c.Skip, c.Why = true, err.Error()
+	case have == want:
+		return out
+	}
+	c.Have = have
+	return append(out, c)
 }

@@ -151,6 +151,58 @@ func TestNetworkSysctls(t *testing.T) {
 	}
 }
 
+func TestIPVSSysctls(t *testing.T) {
+	const root = "proc/sys/net/ipv4/"
+	kernel := map[string]string{
+		root + "ip_forward": "0", root + "vs/conntrack": "0", root + "vs/conn_reuse_mode": "1",
+		root + "vs/expire_nodest_conn": "0", root + "vs/expire_quiescent_template": "0",
+		root + "conf/all/arp_ignore": "0", root + "conf/all/arp_announce": "0", root + "conf/all/route_localnet": "0",
+	}
+	always := map[string]int{"ip_forward": 1, "vs/conntrack": 1, "vs/expire_nodest_conn": 1, "vs/expire_quiescent_template": 1}
+	for _, test := range []struct {
+		name    string
+		version KernelVersion
+		strict  bool
+		reuse   int
+		text    string
+	}{
+		{"with the delay", KernelVersion{5, 8, 18}, false, 0, "delay it by a second"},
+		{"the first that has it", KernelVersion{4, 1, 0}, false, 0, "delay it by a second"},
+		{"mended", KernelVersion{5, 9, 0}, true, 1, "anew"},
+		{"before it", KernelVersion{3, 10, 0}, false, 1, "has no conn_reuse_mode"},
+		{"unknown", KernelVersion{}, true, 1, "not known"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := tree(t, kernel)
+			settings := Network{IPVS: true, StrictARP: test.strict, Kernel: test.version}
+			if errs := s.Apply(NetworkSysctls(settings, s.ReadInt)); len(errs) != 0 {
+				t.Fatal(errs)
+			}
+			want := map[string]int{"vs/conn_reuse_mode": test.reuse, "conf/all/arp_ignore": 0, "conf/all/arp_announce": 0, "conf/all/route_localnet": 0}
+			if test.strict {
+				want["conf/all/arp_ignore"], want["conf/all/arp_announce"] = 1, 2
+			}
+			maps.Copy(want, always)
+			for name, n := range want {
+				if got, err := s.ReadInt(root + name); got != n || err != nil {
+					t.Errorf("%s is %d, %v; want %d", name, got, err, n)
+				}
+			}
+			if got := ReuseText(test.version); !strings.Contains(got, test.text) {
+				t.Errorf("%q does not say %q", got, test.text)
+			}
+			if again := NetworkSysctls(settings, s.ReadInt); len(again) != 0 {
+				t.Errorf("a second time: %v", again)
+			}
+		})
+	}
+	for _, c := range NetworkSysctls(Network{IPVS: true}, tree(t, nil).ReadInt) {
+		if !c.Skip || c.Why == "" {
+			t.Errorf("%s cannot be read and yet is to be written", c.Name())
+		}
+	}
+}
+
 // TestApplyGoesOn: what cannot be written is reported by name, the rest is done,
 // and no file is made.
 func TestApplyGoesOn(t *testing.T) {
