@@ -118,14 +118,18 @@ type token struct {
 	device   bool             // kube-ipvs0 exists
 }
 
+// repairs counts what was not there, or not as it should be.
+type repairs struct{ chains, jumps, sets, devices int }
+
 // kernel is the one way to the kernel. The real one is nlKernel; tests have a
 // fake beside it.
 type kernel interface {
 	// read lists everything. The connection counts are as of now.
 	read(ctx context.Context) (*actual, error)
 	// prepare creates kube-ipvs0 and the sets that do not exist, and brings the
-	// static rules and jumps into force. It changes nothing that is right.
-	prepare(ctx context.Context, base static) error
+	// static rules and jumps into force. It changes nothing that is right, and
+	// says what it had to do.
+	prepare(ctx context.Context, base static) (repairs, error)
 	// apply makes changes in the given order and goes on after those that the
 	// kernel refuses, which it returns. After an error any part may be done.
 	apply(ctx context.Context, ops []op) ([]failure, error)
