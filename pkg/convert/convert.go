@@ -21,6 +21,11 @@ import (
 // namespace or Service share its memory too. The zero Converter is ready; it is
 // safe for concurrent use.
 type Converter struct {
+	// KeepOrigins keeps what endpoints are called and their zones
+	// (model.Slice.Origins), for modes that weigh endpoints by them. It is set
+	// before the first use.
+	KeepOrigins bool
+
 	names interner
 }
 

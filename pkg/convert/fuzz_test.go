@@ -3,8 +3,10 @@ package convert
 import (
 	"encoding/json"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 	"unsafe"
 
 	corev1 "k8s.io/api/core/v1"
@@ -67,6 +69,7 @@ func FuzzService(f *testing.F) {
 				t.Errorf("port %+v", p)
 			}
 		}
+		checkBalance(t, &obj, svc.Balance)
 		if len(problems) == 0 && (len(svc.Ports) != len(obj.Spec.Ports) || len(svc.ExternalIPs) != len(obj.Spec.ExternalIPs)) {
 			t.Error("something was dropped silently")
 		}
@@ -82,7 +85,7 @@ func FuzzSlice(f *testing.F) {
 		if json.Unmarshal(data, &obj) != nil {
 			return
 		}
-		var c Converter
+		c := Converter{KeepOrigins: len(data)%2 == 0}
 		sl, skip, problems := c.Slice(&obj)
 		if (sl == nil) == (skip == "") {
 			t.Fatalf("%v, %q: either a Slice or a reason", sl, skip)
@@ -95,6 +98,9 @@ func FuzzSlice(f *testing.F) {
 				t.Errorf("address %s in a slice of %s", e.Addr, sl.Family)
 			}
 		}
+		if n := len(sl.Origins); n != 0 && (!c.KeepOrigins || n != len(sl.Endpoints)) {
+			t.Errorf("%d origins of %d endpoints, asked for: %t", n, len(sl.Endpoints), c.KeepOrigins)
+		}
 		for _, p := range sl.Ports {
 			if p.Port == 0 || (p.Protocol != model.TCP && p.Protocol != model.UDP && p.Protocol != model.SCTP) {
 				t.Errorf("port %+v", p)
@@ -103,5 +109,59 @@ func FuzzSlice(f *testing.F) {
 		if len(problems) == 0 && len(sl.Endpoints) != len(obj.Endpoints) {
 			t.Error("an endpoint was dropped silently")
 		}
+	})
+}
+
+// checkBalance: an annotation is followed whole, or said to be wrong, or blank.
+func checkBalance(t *testing.T, obj *corev1.Service, b *model.Balance) {
+	given := 0
+	for _, name := range []string{AnnotationScheduler, AnnotationSchedFlags, AnnotationWeights} {
+		if strings.TrimSpace(obj.Annotations[name]) != "" {
+			given++
+		}
+	}
+	if (b == nil) != (given == 0) {
+		t.Fatalf("balance %+v of %d annotations", b, given)
+	}
+	if b == nil {
+		return
+	}
+	for _, said := range []bool{b.Scheduler != "", b.FlagsSet, b.Weights != nil} {
+		if said {
+			given--
+		}
+	}
+	if given < 0 || given > 0 && len(b.Problems) == 0 || given == 0 && len(b.Problems) > 0 {
+		t.Errorf("%d annotations are not followed, and these are the problems: %q", given, b.Problems)
+	}
+	if !b.FlagsSet && b.SchedFlags != nil || len(b.Problems) > 3*maxProblems+1 {
+		t.Errorf("flags %q, %d problems", b.SchedFlags, len(b.Problems))
+	}
+	for _, text := range b.Problems {
+		if len(text) > 400 || !utf8.ValidString(text) || strings.ContainsAny(text, "\n\x00") {
+			t.Errorf("problem %q", text)
+		}
+	}
+	if b.Weights == nil {
+		return
+	}
+	for _, keys := range []map[string]uint16{b.Weights.Names, b.Weights.Zones} {
+		if _, ok := keys[""]; ok {
+			t.Error("a weight for what has no name")
+		}
+	}
+}
+
+// FuzzBalance is checkBalance for whatever annotations say.
+func FuzzBalance(f *testing.F) {
+	f.Add("mh", "mh-port, mh-fallback", "zone/eu-1a=3, zone/eu-1b=1, web-0=5, *=2")
+	f.Add("a-name-that-is-too-long", "none,mh-port", "a=1,a=1")
+	f.Add(" ", "none", "zone/=1,=,*=65536,\n")
+	f.Add("", "sh-port,sh-port,", "*=0,\n web-1 = 007 ,")
+	f.Fuzz(func(t *testing.T, scheduler, flags, weights string) {
+		obj := &corev1.Service{}
+		obj.Annotations = map[string]string{AnnotationScheduler: scheduler, AnnotationSchedFlags: flags, AnnotationWeights: weights}
+		var c Converter
+		checkBalance(t, obj, c.balance(obj.Annotations))
 	})
 }

@@ -53,6 +53,7 @@ func (c *Converter) Service(s *corev1.Service) (*model.Service, Skip, []string) 
 		Affinity:        affinity(&s.Spec, &p),
 		InternalLocal:   s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 		ExternalLocal:   externalLocal(&s.Spec),
+		Balance:         c.balance(s.Annotations),
 		Ports:           c.servicePorts(&s.Spec, &p),
 	}
 	svc.HealthCheckNodePort = healthCheckNodePort(&s.Spec, svc.ExternalLocal, &p)

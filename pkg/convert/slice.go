@@ -42,9 +42,9 @@ func (c *Converter) Slice(s *discoveryv1.EndpointSlice) (*model.Slice, Skip, []s
 		Service:   c.names.get(service),
 		Family:    family,
 		Ports:     c.slicePorts(s.Ports, &p),
-		Endpoints: c.endpoints(s.Endpoints, family, &p),
 		Triggered: triggered(s.Annotations, &p),
 	}
+	sl.Endpoints, sl.Origins = c.endpoints(s.Endpoints, family, &p)
 	return sl, "", p.all()
 }
 
@@ -81,8 +81,12 @@ func (c *Converter) slicePorts(list []discoveryv1.EndpointPort, p *problems) []m
 	return out
 }
 
-func (c *Converter) endpoints(list []discoveryv1.Endpoint, family model.Family, p *problems) []model.Endpoint {
+func (c *Converter) endpoints(list []discoveryv1.Endpoint, family model.Family, p *problems) ([]model.Endpoint, []model.Origin) {
 	out := make([]model.Endpoint, 0, len(list))
+	var origins []model.Origin
+	if c.KeepOrigins {
+		origins = make([]model.Origin, 0, len(list))
+	}
 	var known []*model.Hints // of this slice; usually one per zone
 	for i := range list {
 		e := &list[i]
@@ -101,8 +105,14 @@ func (c *Converter) endpoints(list []discoveryv1.Endpoint, family model.Family, 
 		}
 		me.Hints, known = c.hints(e.Hints, known)
 		out = append(out, me)
+		if c.KeepOrigins {
+			origins = append(origins, c.origin(e))
+		}
 	}
-	return slices.Clip(out)
+	if !slices.ContainsFunc(origins, func(o model.Origin) bool { return o != (model.Origin{}) }) {
+		origins = nil
+	}
+	return slices.Clip(out), slices.Clip(origins)
 }
 
 // endpointAddr refuses what the API server's validation refuses: traffic to a

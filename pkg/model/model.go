@@ -169,22 +169,21 @@ type Balance struct {
 }
 
 // Weights are endpoints' shares of new connections. An endpoint's name goes
-// before its zone, and that before the default. 0 means no new connections.
+// before its zone, and that before the default; neither map has the key "". 0
+// means no new connections.
 type Weights struct {
 	Names, Zones map[string]uint16
 	Default      uint16
 }
 
-// Of returns the weight of an endpoint; nil stands for an origin that is not
-// known.
-func (w *Weights) Of(o *Origin) uint16 {
-	if o != nil {
-		if n, ok := w.Names[o.Name]; ok && o.Name != "" {
-			return n
-		}
-		if n, ok := w.Zones[o.Zone]; ok && o.Zone != "" {
-			return n
-		}
+// Of returns the weight of an endpoint; that of the zero Origin if nothing is
+// known of it.
+func (w *Weights) Of(o Origin) uint16 {
+	if n, ok := w.Names[o.Name]; ok {
+		return n
+	}
+	if n, ok := w.Zones[o.Zone]; ok {
+		return n
 	}
 	return w.Default
 }
@@ -204,6 +203,12 @@ type Slice struct {
 	Family          Family
 	Ports           []SlicePort
 	Endpoints       []Endpoint
+
+	// Origins has an Origin for each of the Endpoints, in their order; nil if
+	// nothing is known of any, or nothing asks for it. (It stands beside them, not
+	// in them, so that modes which do not need it do not pay: a node can hold
+	// 100,000 endpoints.)
+	Origins []Origin
 
 	// Triggered is the time of the change that made the slice controller write
 	// this version (annotation endpoints.kubernetes.io/last-change-trigger-time),
@@ -227,8 +232,7 @@ type Endpoint struct {
 	Ready       bool
 	Serving     bool
 	Terminating bool
-	Hints       *Hints  // nil: none
-	Origin      *Origin // nil: not known, or not kept because nothing asks for it
+	Hints       *Hints // nil: none
 }
 
 // Origin is what an endpoint is called and where it stands: what a Service's
@@ -236,6 +240,15 @@ type Endpoint struct {
 type Origin struct {
 	Name string // the Pod's, or else the hostname; "" if neither is known
 	Zone string // "" if unknown
+}
+
+// OriginOf returns the Origin of the i-th endpoint; the zero Origin if it is not
+// known.
+func (s *Slice) OriginOf(i int) Origin {
+	if i >= len(s.Origins) {
+		return Origin{}
+	}
+	return s.Origins[i]
 }
 
 // Hints are an endpoint's topology hints (EndpointSlice hints.forZones and

@@ -94,14 +94,13 @@ func flagsFor(scheduler string, names []string) (flags SchedFlags, wrong []strin
 	return flags, wrong
 }
 
-// weigh gives candidates the weights that the Service asks for.
-func weigh(all []candidate, svc *model.Service, facts *Facts) {
-	if facts.Schedulers == nil || svc.Balance == nil || svc.Balance.Weights == nil {
-		return
+// weightsOf returns the weights that a Service asks for; nil if it asks for none,
+// or the mode has none.
+func weightsOf(svc *model.Service, facts *Facts) *model.Weights {
+	if facts.Schedulers == nil || svc.Balance == nil {
+		return nil
 	}
-	for i := range all {
-		all[i].weight = svc.Balance.Weights.Of(all[i].at.Origin)
-	}
+	return svc.Balance.Weights
 }
 
 // differ says whether of two endpoints that take new connections one can be

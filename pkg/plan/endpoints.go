@@ -40,9 +40,11 @@ type candidate struct {
 // candidates collects a port's endpoints over all slices, sorted by address.
 // The same address can stand in two slices while it moves between them; the
 // version that is not terminating wins, then a ready one, so that the result
-// does not depend on the order of slices; of versions that differ in node or
-// hints only, which no controller writes, the first does.
-func candidates(key model.PortKey, epSlices []*model.Slice, family model.Family) []candidate {
+// does not depend on the order of slices; of versions that differ in node,
+// hints or origin only, which no controller writes, the first does.
+//
+// weights is nil where all endpoints weigh the same.
+func candidates(key model.PortKey, epSlices []*model.Slice, family model.Family, weights *model.Weights) []candidate {
 	n := 0
 	for _, sl := range epSlices {
 		n += len(sl.Endpoints)
@@ -59,7 +61,11 @@ func candidates(key model.PortKey, epSlices []*model.Slice, family model.Family)
 			for i := range sl.Endpoints {
 				ep := &sl.Endpoints[i]
 				if ep.Addr.IsValid() && model.FamilyOf(ep.Addr) == family {
-					out = append(out, candidate{netip.AddrPortFrom(ep.Addr, port.Port), ep, 1})
+					weight := uint16(1)
+					if weights != nil {
+						weight = weights.Of(sl.OriginOf(i))
+					}
+					out = append(out, candidate{netip.AddrPortFrom(ep.Addr, port.Port), ep, weight})
 				}
 			}
 		}
@@ -92,8 +98,7 @@ func rank(e *model.Endpoint) int {
 // internal policy Cluster and by everything external, since pods and the node
 // itself reach even policy Local frontends through it.
 func chooseFor(svc *model.Service, key model.PortKey, epSlices []*model.Slice, facts *Facts, external bool) choice {
-	all := candidates(key, epSlices, facts.Family)
-	weigh(all, svc, facts)
+	all := candidates(key, epSlices, facts.Family, weightsOf(svc, facts))
 	var c choice
 	useCluster := !svc.InternalLocal || external
 	useLocal := svc.InternalLocal || (svc.ExternalLocal && external)
@@ -223,7 +228,7 @@ func readyLocalAddresses(svc *model.Service, epSlices []*model.Slice, facts *Fac
 	seen := map[netip.Addr]bool{}
 	for _, port := range svc.Ports {
 		key := model.PortKey{Namespace: svc.Namespace, Name: svc.Name, Port: port.Name, Protocol: port.Protocol}
-		for _, x := range candidates(key, epSlices, facts.Family) {
+		for _, x := range candidates(key, epSlices, facts.Family, nil) {
 			if x.at.Ready && x.at.Node != "" && x.at.Node == facts.NodeName {
 				seen[x.addr.Addr()] = true
 			}

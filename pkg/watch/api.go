@@ -37,6 +37,9 @@ type API struct {
 	Stats    *Stats      // nil: not counted
 	Problems ProblemFunc // nil: logged
 
+	// KeepOrigins keeps endpoints' names and zones; see convert.Converter.
+	KeepOrigins bool
+
 	// NoWatchList reads the first state as a list instead of as a stream
 	// (KEP-3157). It is not needed for servers that cannot stream: those refuse,
 	// and the list is then used anyway.
@@ -59,7 +62,7 @@ func (a *API) Run(ctx context.Context) error {
 	}
 	conn := &connectionState{log: a.Log, stats: stats, now: time.Now}
 	rep := &reporter{to: a.Problems, log: a.Log, stats: stats}
-	conv := &convert.Converter{}
+	conv := &convert.Converter{KeepOrigins: a.KeepOrigins}
 	events := make(chan event, 256)
 
 	ctx = klog.NewContext(ctx, logr.FromSlogHandler(debugOnly{a.Log.Handler()}))

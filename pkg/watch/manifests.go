@@ -32,6 +32,9 @@ type Manifests struct {
 	Stats    *Stats      // nil: not counted
 	Problems ProblemFunc // nil: logged
 
+	// KeepOrigins keeps endpoints' names and zones; see convert.Converter.
+	KeepOrigins bool
+
 	// notify, if not nil, takes fsnotify's place in tests.
 	notify func(dir string) notifier
 }
@@ -45,6 +48,7 @@ func (m *Manifests) Run(ctx context.Context) error {
 		stats = &Stats{}
 	}
 	f := newFolder(m.Dir, m.NodeName, m.Log, &reporter{to: m.Problems, log: m.Log, stats: stats})
+	f.conv.KeepOrigins = m.KeepOrigins
 	open := m.notify
 	if open == nil {
 		open = func(dir string) notifier { return openFsnotify(dir, m.Log) }
