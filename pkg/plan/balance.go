@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -58,26 +59,29 @@ func balanceOf(asked *model.Balance, facts *Facts) (Balance, []string) {
 		return b, nil
 	}
 	problems := slices.Clone(asked.Problems)
-	inForce := facts.DefaultScheduler
+	say := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
+	inForce := cmp.Or(facts.DefaultScheduler, "the default")
 	if s := asked.Scheduler; s != "" {
 		if slices.Contains(facts.Schedulers, s) {
 			b.Scheduler, inForce = s, s
 		} else {
-			problems = append(problems, fmt.Sprintf("this node's kernel has no scheduler %q; %s is used. It has %s",
-				s, inForce, offer(facts.Schedulers)))
+			say("this node's kernel has no scheduler %q, %s is used: it has %s", s, inForce,
+				cmp.Or(strings.Join(facts.Schedulers, ", "), "none"))
 		}
 	}
 	if asked.FlagsSet {
 		flags, wrong := flagsFor(inForce, asked.SchedFlags)
-		if wrong == nil {
+		switch len(wrong) {
+		case 0:
 			b.Flags, b.FlagsSet = flags, true
-		} else {
-			problems = append(problems, fmt.Sprintf("scheduler %s has no flag %s; all flags that are asked for are ignored",
-				inForce, strings.Join(wrong, ", ")))
+		case 1:
+			say("scheduler %s, which is in force, has no flag %s: its default flags are used", inForce, wrong[0])
+		default:
+			say("scheduler %s, which is in force, has no flags %s: its default flags are used", inForce, strings.Join(wrong, ", "))
 		}
 	}
 	if asked.Weights != nil && slices.Contains(unweighted, inForce) && differ(asked.Weights) {
-		problems = append(problems, fmt.Sprintf("scheduler %s takes no notice of weights other than 0", inForce))
+		say("scheduler %s takes no notice of weights other than 0", inForce)
 	}
 	return b, problems
 }
@@ -118,11 +122,4 @@ func differ(w *model.Weights) bool {
 		}
 	}
 	return false
-}
-
-func offer(schedulers []string) string {
-	if len(schedulers) == 0 {
-		return "none"
-	}
-	return strings.Join(schedulers, ", ")
 }

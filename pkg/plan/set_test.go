@@ -56,6 +56,10 @@ func (d draw) crowd(name model.ServiceName) *model.Service {
 	if d.chance(12) {
 		s.ClusterIPs = addrs("fd00::1")
 	}
+	if d.chance(3) {
+		s.Balance = &model.Balance{Scheduler: []string{"", "mh", "fo"}[d.IntN(3)],
+			Weights: &model.Weights{Zones: map[string]uint16{"a": uint16(d.IntN(3))}, Default: 1}}
+	}
 	for range d.IntN(3) {
 		s.ExternalIPs = append(s.ExternalIPs, v4(byte(20-10*d.IntN(2)))) // now and then somebody's ClusterIP
 	}
@@ -83,6 +87,7 @@ func (d draw) crowdSlices() []*model.Slice {
 	sl.Ports = []model.SlicePort{{Name: "p0", Protocol: model.TCP, Port: 8080}, {Name: "p1", Protocol: model.TCP, Port: 8081}, {Name: "p1", Protocol: model.UDP, Port: 53}}
 	for i := range d.IntN(4) {
 		sl.Endpoints = append(sl.Endpoints, model.Endpoint{Addr: netip.AddrFrom4([4]byte{10, 1, 0, byte(i)}), Node: []string{self, "b"}[d.IntN(2)], Ready: true, Serving: true})
+		sl.Origins = append(sl.Origins, model.Origin{Zone: []string{"a", "b"}[d.IntN(2)]})
 	}
 	return []*model.Slice{sl}
 }
@@ -93,6 +98,9 @@ func (d draw) facts() *Facts {
 		f.MasqueradeAll, f.DetectLocal, f.RefuseExternalIPs = d.chance(3), !d.chance(3), d.chance(3)
 		if d.chance(6) {
 			f.NodePorts = NodePortAddresses{Addrs: addrs("192.168.0.1")}
+		}
+		if d.chance(2) {
+			scheduling(f)
 		}
 	})
 }
