@@ -36,6 +36,17 @@ commands() {
 	esac
 }
 
+# wishes are what a group can do without: tests that need it skip themselves.
+wishes() {
+	case $1 in
+	# A kernel with IPVS, for machines whose own has none; there is one for amd64.
+	test) [ "$(uname -m)" != x86_64 ] || cat <<-'END' ;;
+		linux.uml user-mode-linux
+		ipvsadm   ipvsadm
+	END
+	esac
+}
+
 check_go() {
 	local need have
 	need=$(awk '$1 == "go" { print $2 }' "$root/go.mod")
@@ -65,23 +76,33 @@ if [[ " $* " = *" test "* ]] && ! echo '#include <stdlib.h>' | ${CC:-gcc} -E - >
 	packages+=(libc6-dev)
 fi
 
+wished=()
+while read -r command package; do
+	[ -n "$command" ] || continue
+	command -v "$command" >/dev/null || wished+=("$package")
+done <<<"$(for group in "$@"; do wishes "$group"; done)"
+
+# become_root sets sudo, or fails where there is no way to install.
+become_root() {
+	sudo=()
+	[ "$(id -u)" = 0 ] && return
+	sudo -n true 2>/dev/null || return 1
+	sudo=(sudo -n)
+}
+apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" >>"$log" 2>&1; }
+
 if [ ${#packages[@]} -gt 0 ]; then
 	if ! command -v apt-get >/dev/null; then
 		echo "install.sh: missing: ${missing[*]}. This is no Debian or Ubuntu: install them with your package manager (Debian's packages: ${packages[*]})." >&2
 		exit 1
 	fi
-	sudo=()
-	if [ "$(id -u)" != 0 ]; then
-		if ! sudo -n true 2>/dev/null; then
-			echo "install.sh: missing: ${missing[*]}. Run as root: apt-get install ${packages[*]}" >&2
-			exit 1
-		fi
-		sudo=(sudo -n)
+	if ! become_root; then
+		echo "install.sh: missing: ${missing[*]}. Run as root: apt-get install ${packages[*]}" >&2
+		exit 1
 	fi
 	echo "install.sh: installing ${packages[*]}" >&2
 	log=$(mktemp)
 	trap 'rm -f "$log"' EXIT
-	apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" >>"$log" 2>&1; }
 	# The lists of a fresh machine are empty or old: update once, then install.
 	apt update || true
 	if ! apt install -y --no-install-recommends "${packages[@]}"; then
@@ -89,5 +110,17 @@ if [ ${#packages[@]} -gt 0 ]; then
 		echo "install.sh: apt-get install ${packages[*]} failed" >&2
 		exit 1
 	fi
+fi
+if [ ${#wished[@]} -gt 0 ] && command -v apt-get >/dev/null && become_root; then
+	echo "install.sh: installing ${wished[*]}" >&2
+	log=${log:-$(mktemp)}
+	trap 'rm -f "$log"' EXIT
+	[ ${#packages[@]} -gt 0 ] || apt update || true # the lists, as above
+	for package in "${wished[@]}"; do
+		apt install -y --no-install-recommends "$package" && continue
+		echo "install.sh: $package cannot be installed: tests that need it will be skipped" >&2
+	done
+elif [ ${#wished[@]} -gt 0 ]; then
+	echo "install.sh: not installed: ${wished[*]} (Debian's packages); tests that need it will be skipped" >&2
 fi
 check_go
