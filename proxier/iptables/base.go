@@ -16,6 +16,10 @@ const (
 	LocalhostNodePortsCounter = "localhost_nps_accepted_pkts"
 )
 
+// commentFirewall is that of the jumps to chainProxyFirewall. ipvs mode has a
+// chain of the same name under another comment.
+const commentFirewall = "kubernetes load balancer firewall"
+
 // Detector tells pods of this node from everybody else.
 type Detector = proxier.Detector
 
@@ -53,9 +57,9 @@ func (c compiler) jumps() []jump {
 		j(tableFilter, "FORWARD", isNew, "kubernetes service portals", chainServices),
 		j(tableFilter, "OUTPUT", isNew, "kubernetes service portals", chainServices),
 		j(tableFilter, "FORWARD", "", "kubernetes forwarding rules", chainForward),
-		j(tableFilter, "INPUT", isNew, "kubernetes load balancer firewall", chainProxyFirewall),
-		j(tableFilter, "OUTPUT", isNew, "kubernetes load balancer firewall", chainProxyFirewall),
-		j(tableFilter, "FORWARD", isNew, "kubernetes load balancer firewall", chainProxyFirewall),
+		j(tableFilter, "INPUT", isNew, commentFirewall, chainProxyFirewall),
+		j(tableFilter, "OUTPUT", isNew, commentFirewall, chainProxyFirewall),
+		j(tableFilter, "FORWARD", isNew, commentFirewall, chainProxyFirewall),
 		j(tableNAT, "OUTPUT", "", "kubernetes service portals", chainServices),
 		j(tableNAT, "PREROUTING", "", "kubernetes service portals", chainServices),
 		j(tableNAT, "POSTROUTING", "", "kubernetes postrouting rules", chainPostrouting),

@@ -17,6 +17,33 @@ type leftovers struct {
 	gone  []string // chains of ours
 }
 
+// scope is what is to be removed of a table.
+type scope struct {
+	chain func(table, name string) bool // goes, with the jumps to it
+	jump  func(to, text string) bool    // goes, though the chain that it leads to stays
+}
+
+// all is everything of this mode.
+var all = scope{chain: removable, jump: func(string, string) bool { return false }}
+
+// notShared is what this mode has and ipvs mode, ours or kube-proxy's, has not.
+// Chains that both have by one name hold ipvs mode's rules when that is in force.
+var notShared = scope{
+	chain: func(table, name string) bool {
+		switch name {
+		case chainServices:
+			return table == tableFilter
+		case chainNodePorts, chainExternalServices, chainTrial, chainCanary:
+			return removable(table, name)
+		}
+		return table != "mangle" && isObjectChain(name)
+	},
+	// Other chains than in ipvs mode lead there, under another comment.
+	jump: func(to, text string) bool {
+		return to == chainProxyFirewall && strings.Contains(text, commentFirewall)
+	},
+}
+
 // Cleanup removes the chains of this proxier and of kube-proxy's iptables mode,
 // and the jumps into them. KUBE-FIREWALL is the kubelet's too and stays; so does
 // a chain that somebody else's rule jumps to (a host port plugin may use
@@ -24,21 +51,28 @@ type leftovers struct {
 // refuse to delete them, and everything else with them.
 func (x *Proxier) Cleanup(ctx context.Context) error {
 	x.Forget()
-	run := xtables.Runner{Programs: x.o.Programs, Stats: x.o.Stats}
+	_, err := remove(ctx, &xtables.Runner{Programs: x.o.Programs, Stats: x.o.Stats}, all)
+	return err
+}
+
+// remove says whether there was anything to remove.
+func remove(ctx context.Context, run *xtables.Runner, what scope) (bool, error) {
+	did := false
 	var errs []error
 	for _, table := range []string{tableFilter, tableNAT, "mangle"} {
-		left, err := findLeftovers(ctx, &run, table)
+		left, err := findLeftovers(ctx, run, table, what)
 		if err == nil && len(left.jumps)+len(left.gone) > 0 {
 			err = run.Restore(ctx, func(w *bufio.Writer) { left.write(w, table) })
+			did = did || err == nil
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("clean up table %s: %w", table, err))
 		}
 	}
-	return errors.Join(errs...)
+	return did, errors.Join(errs...)
 }
 
-func findLeftovers(ctx context.Context, run *xtables.Runner, table string) (leftovers, error) {
+func findLeftovers(ctx context.Context, run *xtables.Runner, table string, what scope) (leftovers, error) {
 	var left leftovers
 	builtin := map[string]bool{}
 	var chains []string
@@ -47,14 +81,16 @@ func findLeftovers(ctx context.Context, run *xtables.Runner, table string) (left
 	err := run.Save(ctx, table, func(c xtables.Chain) {
 		if c.Builtin {
 			builtin[c.Name] = true
-		} else if removable(table, c.Name) {
+		} else if what.chain(table, c.Name) {
 			chains = append(chains, c.Name)
 		}
 	}, func(name, text []byte) {
 		from, to := string(name), jumpTarget(string(text))
 		switch {
-		case !removable(table, to):
-		case removable(table, from):
+		case builtin[from] && what.jump(to, string(text)):
+			left.jumps = append(left.jumps, jump{table, from, string(bytes.Clone(text))})
+		case !what.chain(table, to):
+		case what.chain(table, from):
 			leads[from] = append(leads[from], to)
 		case builtin[from] && !isObjectChain(to) && to != chainMarkMasq:
 			left.jumps = append(left.jumps, jump{table, from, string(bytes.Clone(text))})

@@ -52,6 +52,19 @@ func Probe(ctx context.Context, family model.Family, variant string) (Host, erro
 // CleanupHost removes what Cleanup removes, in every variant that is installed
 // and in use: kube-proxy may have used another one than we would.
 func CleanupHost(ctx context.Context, family model.Family) error {
+	_, err := removeHost(ctx, family, all)
+	return err
+}
+
+// RemoveObjects removes, in the same variants, what iptables mode has and ipvs
+// mode has not, for a change to that mode: the chains that both have must be the
+// other's by then. It says whether there was anything.
+func RemoveObjects(ctx context.Context, family model.Family) (bool, error) {
+	return removeHost(ctx, family, notShared)
+}
+
+func removeHost(ctx context.Context, family model.Family, what scope) (bool, error) {
+	did := false
 	for _, v := range []xtables.Variant{xtables.NFT, xtables.Legacy} {
 		if v == xtables.Legacy && !xtables.LegacyInUse(family) {
 			continue
@@ -60,9 +73,11 @@ func CleanupHost(ctx context.Context, family model.Family) error {
 		if err != nil {
 			continue // not installed
 		}
-		if err := New(Options{Family: family, Programs: programs}).Cleanup(ctx); err != nil {
-			return fmt.Errorf("variant %s: %w", v, err)
+		removed, err := remove(ctx, &xtables.Runner{Programs: programs}, what)
+		did = did || removed
+		if err != nil {
+			return did, fmt.Errorf("variant %s: %w", v, err)
 		}
 	}
-	return nil
+	return did, nil
 }
