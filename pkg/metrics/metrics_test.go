@@ -40,7 +40,7 @@ func touchAll() {
 	}
 	for _, g := range []Gauge{SyncLast(f), SyncLastQueued(f), EndpointChangesPending(), ServiceChangesPending(),
 		IPTablesRules("nat", f), IPTablesRulesLast("nat", f), LocalhostListeners(f), ServicesSetAside(f),
-		SnapshotServices(), SnapshotEndpoints()} {
+		SnapshotServices(), SnapshotEndpoints(), RefusedSettings(f)} {
 		g.Set(1)
 	}
 	for _, c := range []Counter{EndpointChanges(), ServiceChanges(), HealthzResponses(200), LivezResponses(503),
@@ -50,6 +50,7 @@ func touchAll() {
 	}
 	SetBuild("v1", "abc")
 	SetMode(IPTables, IPVS)
+	SetModeFallback(IPVS, IPTables, "missing ip_vs")
 	_ = NewPlans(f).Sync(context.Background(), plan.EmptySet(&plan.Facts{Family: f}))
 }
 
@@ -80,6 +81,9 @@ func TestEveryMetricKeepsItsNameTypeLabelsBucketsAndHelp(t *testing.T) {
 	if err := RegisterLocalhostNodePorts(func() []RejectedPackets {
 		return []RejectedPackets{{model.IPv4, "UDP", 7}}
 	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := RegisterDraining(func() []Draining { return []Draining{{model.IPv4, 3}} }); err != nil {
 		t.Fatal(err)
 	}
 	touchAll()
@@ -196,6 +200,40 @@ func TestSetModeReplacesTheModeBefore(t *testing.T) {
 		"# TYPE sluice_proxy_mode gauge\nsluice_proxy_mode{configured=\"ipvs\",mode=\"iptables\"} 1\n"
 	if err := testutil.GatherAndCompare(legacyregistry.DefaultGatherer, strings.NewReader(want), "sluice_proxy_mode"); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestModeFallbackNamesTheReason(t *testing.T) {
+	mustRegister(t, IPTables)
+	SetModeFallback(NFTables, IPTables, "not in this version")
+	SetModeFallback(IPVS, IPTables, "missing ip_vs")
+	want := "# HELP sluice_mode_fallback [ALPHA] A metric with a constant '1' value, there only if the mode asked for (from) cannot run here and another (to) is in force, labeled by the reason.\n" +
+		"# TYPE sluice_mode_fallback gauge\nsluice_mode_fallback{from=\"ipvs\",reason=\"missing ip_vs\",to=\"iptables\"} 1\n"
+	if err := testutil.GatherAndCompare(legacyregistry.DefaultGatherer, strings.NewReader(want), "sluice_mode_fallback"); err != nil {
+		t.Error(err)
+	}
+}
+
+// A Service counts once, however many ports it has.
+func TestRefusedSettingsCountServices(t *testing.T) {
+	mustRegister(t, IPVS)
+	const f = model.IPv4
+	facts := &plan.Facts{Family: f, NodeName: "here", Schedulers: []string{"rr"}, DefaultScheduler: "rr", NodePorts: plan.NodePortAddresses{All: true}}
+	planner, gauges := plan.NewPlanner(facts), NewPlans(f)
+	name := model.ServiceName{Namespace: "ns", Name: "a"}
+	for _, step := range []struct {
+		scheduler string
+		want      float64
+	}{{"", 0}, {"xx", 1}, {"yy", 1}, {"rr", 0}} {
+		planner.Update(name, &model.Service{ServiceName: name, ClusterIPs: []netip.Addr{netip.MustParseAddr("10.96.0.1")},
+			Ports:   []model.ServicePort{{Name: "a", Protocol: model.TCP, Port: 80}, {Name: "b", Protocol: model.TCP, Port: 81}},
+			Balance: &model.Balance{Scheduler: step.scheduler}}, nil)
+		if err := gauges.Sync(context.Background(), planner.Set()); err != nil {
+			t.Fatal(err)
+		}
+		if got := value(t, RefusedSettings(f)); got != step.want {
+			t.Errorf("scheduler %q: %v Services, want %v", step.scheduler, got, step.want)
+		}
 	}
 }
 

@@ -73,7 +73,7 @@ func of(mode string) (list []metrics.Registerable, failures []*metrics.CounterVe
 		healthzTotal, livezTotal, networkProgramming, noLocalEndpoints,
 		conntrackDuration, conntrackDeleted,
 		programmingLatency, driftRepaired, servicesSetAside, snapshotServices, snapshotEndpoints,
-		clashes, plannedPorts, plannedEndpoints, syncFailures, buildInfo, proxyMode,
+		clashes, plannedPorts, plannedEndpoints, syncFailures, buildInfo, proxyMode, modeFallback,
 	}
 	failures = []*metrics.CounterVec{syncFailures}
 	switch mode {
@@ -83,7 +83,7 @@ func of(mode string) (list []metrics.Registerable, failures []*metrics.CounterVe
 			restoreBytes, restoreLockWait)
 		failures = append(failures, iptablesRestoreFailures, iptablesPartialRestoreFailures)
 	case IPVS:
-		list = append(list, iptablesRestoreFailures, restoreBytes, restoreLockWait)
+		list = append(list, iptablesRestoreFailures, restoreBytes, restoreLockWait, refusedSettings)
 		failures = append(failures, iptablesRestoreFailures)
 	case NFTables:
 		list = append(list, syncFullDuration, syncPartialDuration, nftablesSyncFailures, nftablesCleanupFailures)

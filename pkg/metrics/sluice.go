@@ -3,6 +3,8 @@ package metrics
 import (
 	"runtime"
 
+	"k8s.io/component-base/metrics"
+
 	"github.com/sluice-proxy/sluice/pkg/model"
 )
 
@@ -34,6 +36,11 @@ var (
 	proxyMode = gauge(sluice, "proxy_mode",
 		"A metric with a constant '1' value labeled by the mode in force and the mode asked for; they differ after a fallback.",
 		"mode", "configured")
+	modeFallback = gauge(sluice, "mode_fallback",
+		"A metric with a constant '1' value, there only if the mode asked for (from) cannot run here and another (to) is in force, labeled by the reason.",
+		"from", "to", "reason")
+	refusedSettings = gauge(sluice, "services_refused_settings",
+		"Services with settings for the ipvs mode that cannot be followed here; the defaults are in force for them.", family)
 )
 
 // ProgrammingLatency is the time from an event's arrival to the kernel having
@@ -81,4 +88,48 @@ func SetBuild(version, revision string) {
 func SetMode(inForce, configured string) {
 	proxyMode.Reset()
 	proxyMode.WithLabelValues(inForce, configured).Set(1)
+}
+
+// SetModeFallback publishes that a mode cannot run here and why, in a few words
+// of which there must be few. Call it after Register.
+func SetModeFallback(from, to, reason string) {
+	modeFallback.Reset()
+	modeFallback.WithLabelValues(from, to, reason).Set(1)
+}
+
+// RefusedSettings is the number of Services with settings that cannot be followed
+// here.
+func RefusedSettings(f model.Family) Gauge { return refusedSettings.WithLabelValues(f.String()) }
+
+// Draining is how many endpoints of a family only finish their connections.
+type Draining struct {
+	Family    model.Family
+	Endpoints int
+}
+
+// RegisterDraining makes sluice_ipvs_draining_endpoints known. read is called at
+// each scrape, from any goroutine.
+func RegisterDraining(read func() []Draining) error {
+	return registerCollector(drainingName, &drainingCollector{read: read,
+		desc: metrics.NewDesc(drainingName,
+			"Endpoints of virtual servers that get no new connections and are kept until theirs end or their time is up.",
+			[]string{family}, nil, metrics.ALPHA, "")})
+}
+
+const drainingName = "sluice_ipvs_draining_endpoints"
+
+type drainingCollector struct {
+	metrics.BaseStableCollector
+	desc *metrics.Desc
+	read func() []Draining
+}
+
+// DescribeWithStability implements metrics.StableCollector.
+func (c *drainingCollector) DescribeWithStability(ch chan<- *metrics.Desc) { ch <- c.desc }
+
+// CollectWithStability implements metrics.StableCollector.
+func (c *drainingCollector) CollectWithStability(ch chan<- metrics.Metric) {
+	for _, d := range c.read() {
+		ch <- metrics.NewLazyConstMetric(c.desc, metrics.GaugeValue, float64(d.Endpoints), d.Family.String())
+	}
 }
