@@ -11,6 +11,7 @@ import (
 	"crypto/sha256"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"k8s.io/kube-proxy/config/v1alpha1"
@@ -120,6 +121,9 @@ type IPVS struct {
 	StrictARP    bool
 	// Timeouts; 0 leaves the kernel's.
 	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
+	// Drain is how long a removed endpoint may keep its connections at the most;
+	// 0: without bound.
+	Drain time.Duration
 }
 
 // Conntrack holds settings of the kernel's connection tracking. Zero leaves the
@@ -214,7 +218,8 @@ func (c *Config) derive() error {
 func (c *Config) refuse(ps problems) error {
 	for i, p := range ps {
 		flag := flagOfField(p.Field, c.Mode)
-		if flag != "" && (!c.fromFile || c.flags.overrides(flag)) {
+		ours := strings.HasPrefix(p.Field, SluiceKind+".") // whose flags count beside a file
+		if flag != "" && (!c.fromFile && !ours || c.flags.overrides(flag)) {
 			ps[i].Field = "--" + flag
 		}
 	}

@@ -17,6 +17,10 @@ const (
 
 	defaultSyncPeriod    = 30 * time.Second
 	defaultMinSyncPeriod = time.Second
+
+	// defaultDrain is as long as the kernel's IPVS remembers an idle TCP
+	// connection (IP_VS_TCP_S_ESTABLISHED in ip_vs_proto_tcp.c).
+	defaultDrain = 15 * time.Minute
 )
 
 // defaultKubeProxy fills in kube-proxy's defaults. A zero means "unset" for most

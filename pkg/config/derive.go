@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -183,6 +184,10 @@ func (c *Config) deriveConntrack(ps *problems) {
 	checkNotNegative("conntrack.udpStreamTimeout", c.Conntrack.UDPStreamTimeout, ps)
 }
 
+// schedulerName matches what a kernel can call a scheduler (linux/ip_vs.h gives
+// it 15 bytes), and nothing at all. Which of them it has is not known here.
+var schedulerName = regexp.MustCompile(`^[!-~]{0,15}$`)
+
 // deriveIPVS reads the ipvs settings. kube-proxy judges them in ipvs mode only,
 // so in another mode what is wrong with them becomes a warning.
 func (c *Config) deriveIPVS(ps *problems) {
@@ -193,8 +198,12 @@ func (c *Config) deriveIPVS(ps *problems) {
 		TCPTimeout:    k.TCPTimeout.Duration,
 		TCPFinTimeout: k.TCPFinTimeout.Duration,
 		UDPTimeout:    k.UDPTimeout.Duration,
+		Drain:         c.Sluice.IPVS.Drain.Duration,
 	}
 	var own problems
+	if !schedulerName.MatchString(c.IPVS.Scheduler) {
+		own.add("ipvs.scheduler", "%q cannot be the name of a scheduler, such as rr, wrr, lc or mh", c.IPVS.Scheduler)
+	}
 	checkNotNegative("ipvs.tcpTimeout", c.IPVS.TCPTimeout, &own)
 	checkNotNegative("ipvs.tcpFinTimeout", c.IPVS.TCPFinTimeout, &own)
 	checkNotNegative("ipvs.udpTimeout", c.IPVS.UDPTimeout, &own)

@@ -20,9 +20,10 @@ func TestDiff(t *testing.T) {
 			[]string{"nodePortAddresses"},
 			[]string{"bindAddress", "clientConnection.qps", "featureGates.LoggingAlphaOptions", "healthzBindAddress", "hostnameOverride", "iptables.masqueradeBit", "logging.flushFrequency", "logging.format", "mode", "oomScoreAdj"}},
 		{"no effect", "portRange: 1-2\nwinkernel: {enableDSR: true}", "windowsRunAsService: true", nil, nil},
-		{"ours", "---\n" + sluiceHeader, "---\n" + sluiceHeader + "manifests: /m\nmodeFallback: false\niptables: {variant: nft}\ncheckPeriod: 2s\nresyncPeriod: 1h\nconntrack: {cleanup: false}",
+		{"ours", "---\n" + sluiceHeader, "---\n" + sluiceHeader + "manifests: /m\nmodeFallback: false\niptables: {variant: nft}\nipvs: {drain: 0s}\ncheckPeriod: 2s\nresyncPeriod: 1h\nconntrack: {cleanup: false}",
 			[]string{"SluiceConfiguration.checkPeriod", "SluiceConfiguration.conntrack.cleanup", "SluiceConfiguration.resyncPeriod"},
-			[]string{"SluiceConfiguration.iptables.variant", "SluiceConfiguration.manifests", "SluiceConfiguration.modeFallback"}},
+			[]string{"SluiceConfiguration.iptables.variant", "SluiceConfiguration.ipvs.drain", "SluiceConfiguration.manifests", "SluiceConfiguration.modeFallback"}},
+		{"our default written out", "---\n" + sluiceHeader, "---\n" + sluiceHeader + "ipvs: {drain: 900s}", nil, nil},
 		{"our document is added", "", "---\n" + sluiceHeader, nil, nil},
 		{"a default is asked for", "", "iptables: {minSyncPeriod: 1s}", []string{"iptables.minSyncPeriod"}, nil},
 	} {

@@ -35,6 +35,7 @@ type Flags struct {
 	iptablesSync, iptablesMin, ipvsSync, ipvsMin time.Duration
 	healthzPort, metricsPort                     int32
 	modeFallback                                 bool
+	ipvsDrain                                    time.Duration
 }
 
 // NewFlags returns flags at their defaults.
@@ -143,6 +144,7 @@ func (f *Flags) addSluice(fs *pflag.FlagSet) {
 	fs.StringVar(&f.sluice.Manifests, "manifests", "", "A folder of Service, EndpointSlice and Node manifests to follow instead of an API server. (Not in kube-proxy.)")
 	fs.Var((*variantFlag)(&f.sluice.IPTables.Variant), "iptables-variant", "Which iptables programs to use: 'auto', 'legacy' or 'nft'. (Not in kube-proxy.)")
 	fs.BoolVar(&f.modeFallback, "mode-fallback", true, "If true, run in iptables mode where the kernel lacks what the chosen mode needs; if false, refuse to start there. (Not in kube-proxy.)")
+	fs.DurationVar(&f.ipvsDrain, "ipvs-drain", defaultDrain, "In the ipvs mode, how long a removed endpoint may keep its connections at the most, 0 for as long as they last. New connections do not go there. (Not in kube-proxy.)")
 }
 
 // unused flags are accepted because command lines in the wild have them.
@@ -225,6 +227,8 @@ func flagOfField(field string, mode Mode) string {
 	switch field {
 	case "hostnameOverride":
 		return "hostname-override"
+	case SluiceKind + ".ipvs.drain":
+		return "ipvs-drain"
 	case "logging.format":
 		return "logging-format"
 	case "logging.flushFrequency":

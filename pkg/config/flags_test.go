@@ -1,6 +1,7 @@
 package config
 
 import (
+	"net/netip"
 	"testing"
 	"time"
 
@@ -81,6 +82,7 @@ var wantFlags = map[string]string{
 	"manifests":        "",
 	"iptables-variant": "auto",
 	"mode-fallback":    "true",
+	"ipvs-drain":       "15m0s",
 }
 
 func TestFlagDefaults(t *testing.T) {
@@ -106,7 +108,7 @@ func TestEveryFlagHasAPlace(t *testing.T) {
 	place := map[string]bool{}
 	for _, name := range []string{"config", "write-config-to", "cleanup", "init-only", "master", "hostname-override",
 		"logging-format", "v", "vmodule", "log-flush-frequency", "log-text-split-stream", "log-text-info-buffer-size",
-		"log-json-split-stream", "log-json-info-buffer-size", "manifests", "iptables-variant", "mode-fallback"} {
+		"log-json-split-stream", "log-json-info-buffer-size", "manifests", "iptables-variant", "mode-fallback", "ipvs-drain"} {
 		place[name] = true
 	}
 	for _, f := range fieldFlags {
@@ -198,6 +200,10 @@ func TestFlagsToConfig(t *testing.T) {
 		}, false},
 		{[]string{"--oom-score-adj=-5"}, func(c *Config) any { return c.OOMScoreAdj }, -5},
 		{[]string{"--ipvs-exclude-cidrs=10.0.0.0/8,fd00::/8"}, func(c *Config) any { return len(c.IPVS.ExcludeCIDRs) }, 2},
+		{[]string{"--mode=ipvs"}, func(c *Config) any { return c.IPVS }, IPVS{Drain: 15 * time.Minute}},
+		{[]string{"--mode=ipvs", "--ipvs-scheduler=mh", "--ipvs-exclude-cidrs=10.0.0.0/8", "--ipvs-strict-arp", "--ipvs-tcp-timeout=1h", "--ipvs-tcpfin-timeout=1m", "--ipvs-udp-timeout=5s", "--ipvs-drain=0"},
+			func(c *Config) any { return c.IPVS },
+			IPVS{Scheduler: "mh", ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, StrictARP: true, TCPTimeout: time.Hour, TCPFinTimeout: time.Minute, UDPTimeout: 5 * time.Second}},
 		{[]string{"--manifests=/m"}, func(c *Config) any { return c.Manifests }, "/m"},
 		{nil, func(c *Config) any { return c.IPTablesVariant }, VariantAuto},
 		{[]string{"--iptables-variant=legacy"}, func(c *Config) any { return c.IPTablesVariant }, VariantLegacy},
@@ -209,7 +215,7 @@ func TestFlagsToConfig(t *testing.T) {
 		{[]string{"--cleanup"}, func(c *Config) any { return c.Cleanup }, true},
 		{[]string{"--init-only"}, func(c *Config) any { return c.InitOnly }, true},
 	} {
-		if diff := cmp.Diff(tc.want, tc.get(load(t, tc.args...))); diff != "" {
+		if diff := cmp.Diff(tc.want, tc.get(load(t, tc.args...)), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
 			t.Errorf("%q (-want +got):\n%s", tc.args, diff)
 		}
 	}
@@ -285,6 +291,17 @@ func TestFlagErrors(t *testing.T) {
 		{[]string{"--nodeport-addresses=primary,primary,1.2.3.4"}, []string{
 			`--nodeport-addresses: "primary" is there twice`,
 			`--nodeport-addresses: "1.2.3.4" is neither a CIDR nor one of primary, localhost, all`}},
+		{[]string{"--mode=ipvs", "--ipvs-drain=-1s", "--ipvs-scheduler=Round Robin", "--ipvs-tcp-timeout=-1s", "--ipvs-tcpfin-timeout=-1s", "--ipvs-udp-timeout=-1s",
+			"--ipvs-exclude-cidrs=10.0.0.0/8,10.0.0.1", "--ipvs-sync-period=0", "--ipvs-min-sync-period=-1s"}, []string{
+			`--ipvs-scheduler: "Round Robin" cannot be the name of a scheduler, such as rr, wrr, lc or mh`,
+			"--ipvs-tcp-timeout: -1s must be 0 or greater",
+			"--ipvs-tcpfin-timeout: -1s must be 0 or greater",
+			"--ipvs-udp-timeout: -1s must be 0 or greater",
+			`--ipvs-exclude-cidrs: "10.0.0.1" is not a CIDR`,
+			"--ipvs-sync-period: 0s must be greater than 0",
+			"--ipvs-min-sync-period: -1s must be 0 or greater",
+			"--ipvs-drain: -1s must be 0 or greater"}},
+		{[]string{"--mode=ipvs", "--ipvs-sync-period=1s", "--ipvs-min-sync-period=2s"}, []string{"--ipvs-min-sync-period: 2s is longer than syncPeriod, 1s"}},
 		{[]string{"--logging-format=xml"}, []string{`--logging-format: Invalid value: "xml": Unsupported log format`}},
 		{[]string{"--config=/nonexistent/f"}, []string{"--config: open /nonexistent/f: no such file or directory"}},
 	} {

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/spf13/pflag"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
@@ -162,6 +163,9 @@ func (f *Flags) overrideSluice(s *SluiceConfiguration) {
 	}
 	if f.changed("mode-fallback") {
 		s.ModeFallback = new(f.modeFallback)
+	}
+	if f.changed("ipvs-drain") {
+		s.IPVS.Drain = &metav1.Duration{Duration: f.ipvsDrain}
 	}
 }
 

@@ -220,10 +220,11 @@ logging: {format: xml}
 		{"json and vmodule", kubeProxyHeader + "logging: {format: json, vmodule: [{filePattern: a, verbosity: 1}]}", []string{"logging.vmodule: Forbidden: Only supported for text log format"}},
 		{"alpha logging", kubeProxyHeader + "logging: {options: {text: {splitStream: true}}}", []string{"logging.options.text.splitStream: Forbidden: Feature LoggingAlphaOptions is disabled"}},
 		{"ours", sluiceHeader + "manifest: a\niptables: {variant: nftables}\n", []string{"SluiceConfiguration.manifest: there is no such field: did you mean SluiceConfiguration.manifests?"}},
-		{"our values", sluiceHeader + "checkPeriod: -1s\nresyncPeriod: -2s\niptables: {variant: nftables}\n", []string{
+		{"our values", sluiceHeader + "checkPeriod: -1s\nresyncPeriod: -2s\niptables: {variant: nftables}\nipvs: {drain: -1s}\n", []string{
 			`SluiceConfiguration.iptables.variant: "nftables" is none of auto, legacy, nft`,
 			"SluiceConfiguration.checkPeriod: -1s must be greater than 0",
 			"SluiceConfiguration.resyncPeriod: -2s must be greater than 0",
+			"SluiceConfiguration.ipvs.drain: -1s must be 0 or greater",
 			"SluiceConfiguration.checkPeriod: -1s must not be longer than resyncPeriod (-2s)"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -259,6 +260,7 @@ func TestWarnings(t *testing.T) {
 		{"", []string{"--mode=ipvs", "--feature-gates=KubeProxyIPVS=false"}, "feature gate KubeProxyIPVS=false is ignored: mode ipvs was chosen and is always there"},
 		{"winkernel: {networkName: net}", nil, "winkernel.networkName is for Windows: ignored"},
 		{"windowsRunAsService: true", nil, "windowsRunAsService is for Windows: ignored"},
+		{"ipvs: {scheduler: 'a b'}", nil, `ipvs.scheduler: "a b" cannot be the name of a scheduler, such as rr, wrr, lc or mh (no effect in iptables mode)`},
 		{"ipvs: {excludeCIDRs: [x]}", nil, `ipvs.excludeCIDRs[0]: "x" is not a CIDR (no effect in iptables mode)`},
 		{"clusterCIDR: x\ndetectLocalMode: NodeCIDR", nil, "clusterCIDR has no effect with detectLocalMode NodeCIDR"},
 		{"udpIdleTimeout: 1s", nil, "udpIdleTimeout: kube-proxy has removed this field (it belonged to the userspace mode): ignored"},
@@ -297,7 +299,7 @@ func TestWrittenConfigurationLoadsToTheSame(t *testing.T) {
 		{"--mode=ipvs", "--ipvs-scheduler=wrr", "--ipvs-exclude-cidrs=10.0.0.0/8", "--ipvs-min-sync-period=3s"},
 		{"--mode=nftables", "--masquerade-all", "--iptables-min-sync-period=1s", "--nodeport-addresses=10.0.0.0/8,localhost"},
 		{"--cluster-cidr=10.0.0.0/8,fd00::/8", "--feature-gates=AllowServiceExternalIPs=false,Foo=true", "--bind-address=fd00::1", "--conntrack-max-per-core=0", "--logging-format=json", "-v=3"},
-		{"--manifests=/m", "--iptables-variant=nft", "--mode-fallback=false", "--hostname-override=x", "--vmodule=a=1,b*=2"},
+		{"--manifests=/m", "--iptables-variant=nft", "--mode-fallback=false", "--ipvs-drain=0", "--hostname-override=x", "--vmodule=a=1,b*=2"},
 		{"--config=testdata/kubeadm.yaml"},
 		{"--config=testdata/kubernetes-1.9.yaml"},
 	} {

@@ -18,7 +18,8 @@ type NodePortAddresses struct {
 }
 
 // NodePortFilter is nodePortAddresses for one family. The keywords that need no
-// knowledge of the node are already worked out.
+// knowledge of the node are already worked out: a node.Spec of the same All,
+// Primary and Prefixes, and without Localhost, means the same.
 type NodePortFilter struct {
 	// All serves every local address. It is set by the keyword all, by a CIDR of
 	// length 0, and, as in kube-proxy, if nothing was given for the family,

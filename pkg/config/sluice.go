@@ -29,6 +29,8 @@ type SluiceConfiguration struct {
 	ModeFallback *bool `json:"modeFallback"`
 	// IPTables holds settings of the iptables and ipvs modes.
 	IPTables SluiceIPTables `json:"iptables"`
+	// IPVS holds settings of the ipvs mode that kube-proxy's ipvs section lacks.
+	IPVS SluiceIPVS `json:"ipvs"`
 	// CheckPeriod is how often the agent looks, by a cheap probe, whether
 	// somebody else removed its rules. Default 1s.
 	CheckPeriod metav1.Duration `json:"checkPeriod"`
@@ -44,6 +46,14 @@ type SluiceIPTables struct {
 	// Variant of the iptables programs: auto, legacy or nft. auto, the default,
 	// takes the one whose tables the node already uses. Flag: --iptables-variant.
 	Variant string `json:"variant"`
+}
+
+// SluiceIPVS says how IPVS is used.
+type SluiceIPVS struct {
+	// Drain is how long a removed endpoint may keep its connections at the most;
+	// new ones do not go there. 0 lets them last as long as they want. Default
+	// 15m. Flag: --ipvs-drain.
+	Drain *metav1.Duration `json:"drain"`
 }
 
 // SluiceConntrack says what is done about tracked connections.
@@ -68,6 +78,7 @@ func defaultSluice(c *SluiceConfiguration) {
 	setIfZero(&c.ResyncPeriod.Duration, 10*time.Minute)
 	setIfNil(&c.ModeFallback, true)
 	setIfNil(&c.Conntrack.Cleanup, true)
+	setIfNil(&c.IPVS.Drain, metav1.Duration{Duration: defaultDrain})
 }
 
 func validateSluice(c *SluiceConfiguration, ps *problems) {
@@ -80,6 +91,7 @@ func validateSluice(c *SluiceConfiguration, ps *problems) {
 	if c.ResyncPeriod.Duration < 0 {
 		ps.add(SluiceKind+".resyncPeriod", "%s must be greater than 0", c.ResyncPeriod.Duration)
 	}
+	checkNotNegative(SluiceKind+".ipvs.drain", c.IPVS.Drain.Duration, ps)
 	if c.CheckPeriod.Duration > c.ResyncPeriod.Duration {
 		ps.add(SluiceKind+".checkPeriod", "%s must not be longer than resyncPeriod (%s)", c.CheckPeriod.Duration, c.ResyncPeriod.Duration)
 	}
@@ -92,6 +104,9 @@ func (c *SluiceConfiguration) deepCopy() *SluiceConfiguration {
 	}
 	if c.Conntrack.Cleanup != nil {
 		out.Conntrack.Cleanup = new(*c.Conntrack.Cleanup)
+	}
+	if c.IPVS.Drain != nil {
+		out.IPVS.Drain = new(*c.IPVS.Drain)
 	}
 	return &out
 }
