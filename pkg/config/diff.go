@@ -32,6 +32,7 @@ var hotFields = []string{
 	SluiceKind + ".checkPeriod",
 	SluiceKind + ".resyncPeriod",
 	SluiceKind + ".conntrack",
+	SluiceKind + ".ipvs.drain",
 }
 
 // inertFields have no effect, so neither has a change of them.

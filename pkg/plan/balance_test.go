@@ -221,10 +221,14 @@ func TestSchedFlagsString(t *testing.T) {
 	}
 }
 
-// A node can have 100,000 endpoints, each in up to three lists: the weight must
-// fit into what was padding.
-func TestEndpointIsSmall(t *testing.T) {
+// A node can have 100,000 endpoints, each in up to three lists, and as many plans
+// as Service ports: what only one mode needs must fit into what was padding. The
+// sizes are those that the allocator gives.
+func TestPlansAreSmall(t *testing.T) {
 	if size := unsafe.Sizeof(Endpoint{}); size > 40 {
 		t.Errorf("an Endpoint takes %d bytes, more than 40", size)
+	}
+	if size := unsafe.Sizeof(Plan{}); size > 288 {
+		t.Errorf("a Plan takes %d bytes, more than 288", size)
 	}
 }

@@ -106,6 +106,17 @@ type Plan struct {
 	PortKey  model.PortKey
 	Protocol model.Protocol
 
+	// Important Services are programmed first after a start from nothing.
+	Important bool
+
+	// Why explains the choice of Cluster, Local and the verdicts.
+	Why Reason
+
+	// HealthPort is the Service's healthCheckNodePort (0: none) and HealthLocal
+	// how many distinct ready endpoint addresses of the Service this node has.
+	HealthPort  uint16
+	HealthLocal int
+
 	Frontends []Frontend
 
 	// Cluster are the endpoints for routes to Cluster, Local those for routes to
@@ -120,24 +131,13 @@ type Plan struct {
 
 	Balance Balance // how an endpoint is chosen; zero in modes without schedulers
 
-	// HealthPort is the Service's healthCheckNodePort (0: none) and HealthLocal
-	// how many distinct ready endpoint addresses of the Service this node has.
-	HealthPort  uint16
-	HealthLocal int
-
-	// Why explains the choice of Cluster, Local and the verdicts.
-	Why Reason
-
-	// Lost are frontends that an older Service already has.
-	Lost []Clash
-
 	// Problems are sentences for people about settings of the Service that cannot
 	// be followed here; for each the default is in force. All plans of a Service
 	// have the same.
 	Problems []string
 
-	// Important Services are programmed first after a start from nothing.
-	Important bool
+	// Lost are frontends that an older Service already has.
+	Lost []Clash
 
 	created time.Time // decides clashes
 	uid     string
