@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+	"github.com/sluice-proxy/sluice/test/history"
 )
 
 // asIPVS is what ipvs mode makes of the tables, in short: the chains that both
@@ -43,14 +44,14 @@ func TestKernelRemoveObjects(t *testing.T) {
 		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
 			inNamespace(t)
 			ctx := context.Background()
-			w := newWorld(rand.New(rand.NewPCG(13, 14)), k.family, 30)
+			w := history.New(rand.New(rand.NewPCG(13, 14)), k.family, 30)
 			for range 100 {
-				w.step()
+				w.Step()
 			}
-			o := w.options()
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			shell(t, o.Programs, "-A", "INPUT", "-p", "udp", "-j", "ACCEPT")
-			if err := New(o).Sync(ctx, w.planner.Set()); err != nil {
+			if err := New(o).Sync(ctx, w.Set()); err != nil {
 				t.Fatal(err)
 			}
 			run := &xtables.Runner{Programs: o.Programs}

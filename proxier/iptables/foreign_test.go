@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/test/history"
 )
 
 // TestKernelKubeletsFirewall: KUBE-FIREWALL is the kubelet's too. What it holds
@@ -21,13 +22,13 @@ func TestKernelKubeletsFirewall(t *testing.T) {
 		}
 		t.Run(string(k.variant), func(t *testing.T) {
 			inNamespace(t)
-			w := newWorld(nil, k.family, 1)
-			o := w.options()
+			w := history.New(nil, k.family, 1)
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			const theirs = "-m mark --mark 0x8000/0x8000 -j DROP"
 			shell(t, o.Programs, "-N", chainFirewall)
 			shell(t, o.Programs, append([]string{"-A", chainFirewall}, strings.Fields(theirs)...)...)
-			if err := New(o).Sync(context.Background(), w.planner.Set()); err != nil {
+			if err := New(o).Sync(context.Background(), w.Set()); err != nil {
 				t.Fatal(err)
 			}
 			got := inKernel(t, o.Programs)
@@ -44,17 +45,17 @@ func TestKernelHeldChain(t *testing.T) {
 	for _, k := range kernels {
 		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
 			inNamespace(t)
-			w := newWorld(rand.New(rand.NewPCG(11, 12)), k.family, 30)
+			w := history.New(rand.New(rand.NewPCG(11, 12)), k.family, 30)
 			for range 100 {
-				w.step()
+				w.Step()
 			}
-			o := w.options()
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			report := newReport()
 			o.Report = report
 			x := New(o)
 			ctx := context.Background()
-			set := w.planner.Set()
+			set := w.Set()
 			if err := x.Sync(ctx, set); err != nil {
 				t.Fatal(err)
 			}
@@ -62,14 +63,14 @@ func TestKernelHeldChain(t *testing.T) {
 			for p := range set.All {
 				if usesOf(p).cluster {
 					held = namesOf(p).cluster()
-					delete(w.svcs, p.PortKey.Name)
-					w.update(p.PortKey.Name)
+					delete(w.Services, p.PortKey.Name)
+					w.Update(p.PortKey.Name)
 					break
 				}
 			}
-			shell(t, o.Programs, "-t", "nat", "-A", "PREROUTING", "-d", w.addr(9, 9).String(), "-j", held)
+			shell(t, o.Programs, "-t", "nat", "-A", "PREROUTING", "-d", w.Addr(9, 9).String(), "-j", held)
 			for range 2 {
-				set = w.planner.Set()
+				set = w.Set()
 				if err := x.Sync(ctx, set); err != nil {
 					t.Fatal(err)
 				}
@@ -89,7 +90,7 @@ func TestKernelHeldChain(t *testing.T) {
 					t.Fatalf("the others:\n%s", cmp.Diff(want, got))
 				}
 				for range 10 {
-					w.step()
+					w.Step()
 				}
 			}
 			if len(report.drift) > 0 || len(report.aside) > 0 {
@@ -105,14 +106,14 @@ func TestKernelCleanupOfHeldChains(t *testing.T) {
 	for _, k := range kernels {
 		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
 			inNamespace(t)
-			w := newWorld(rand.New(rand.NewPCG(11, 12)), k.family, 30)
+			w := history.New(rand.New(rand.NewPCG(11, 12)), k.family, 30)
 			for range 100 {
-				w.step()
+				w.Step()
 			}
-			o := w.options()
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			x := New(o)
-			set := w.planner.Set()
+			set := w.Set()
 			if err := x.Sync(context.Background(), set); err != nil {
 				t.Fatal(err)
 			}
@@ -126,7 +127,7 @@ func TestKernelCleanupOfHeldChains(t *testing.T) {
 			if held == "" {
 				t.Fatal("no Service with affinity: the test shows nothing")
 			}
-			shell(t, o.Programs, "-t", "nat", "-A", "PREROUTING", "-d", w.addr(9, 9).String(), "-j", held)
+			shell(t, o.Programs, "-t", "nat", "-A", "PREROUTING", "-d", w.Addr(9, 9).String(), "-j", held)
 			before := inKernel(t, o.Programs)
 			if err := x.Cleanup(context.Background()); err != nil {
 				t.Fatal(err)
@@ -159,14 +160,14 @@ func TestKernelTrialLeftBehind(t *testing.T) {
 	for _, k := range kernels {
 		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
 			inNamespace(t)
-			w := newWorld(nil, k.family, 1)
-			o := w.options()
+			w := history.New(nil, k.family, 1)
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			for _, chain := range []string{chainTrial, prefixCluster + "STUB"} {
 				shell(t, o.Programs, "-t", "nat", "-N", chain)
 			}
 			shell(t, o.Programs, "-t", "nat", "-A", chainTrial, "-j", prefixCluster+"STUB")
-			set := w.planner.Set()
+			set := w.Set()
 			if err := New(o).Sync(context.Background(), set); err != nil {
 				t.Fatal(err)
 			}

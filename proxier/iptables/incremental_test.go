@@ -13,140 +13,12 @@ import (
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/test/history"
 )
 
-// world makes random Services and slices, few enough that names meet again and
-// many enough that dispatch trees and endpoint groups split and merge.
-type world struct {
-	r       *rand.Rand
-	family  model.Family
-	names   int
-	planner *plan.Planner
-	svcs    map[string]*model.Service
-	slices  map[string]*model.Slice
-	facts   plan.Facts
-}
-
-func newWorld(r *rand.Rand, family model.Family, names int) *world {
-	w := &world{r: r, family: family, names: names, svcs: map[string]*model.Service{}, slices: map[string]*model.Slice{}}
-	w.facts = plan.Facts{Family: family, NodeName: "node-0", Zone: "z0", NodeIP: w.addr(192, 0),
-		DetectLocal: true, NodePorts: plan.NodePortAddresses{All: true}, LocalhostNodePorts: family == model.IPv4}
-	f := w.facts
-	w.planner = plan.NewPlanner(&f)
-	return w
-}
-
-func (w *world) addr(net byte, n int) netip.Addr {
-	if w.family == model.IPv6 {
-		return netip.AddrFrom16([16]byte{0xfd, net, 12: byte(n >> 24), 13: byte(n >> 16), 14: byte(n >> 8), 15: byte(n)})
-	}
-	return netip.AddrFrom4([4]byte{net, byte(n >> 16), byte(n >> 8), byte(n)})
-}
-
-func (w *world) chance(n int) bool { return w.r.IntN(n) == 0 }
-
-func (w *world) service(name string) *model.Service {
-	id := int(sum(name) % 5000)
-	s := &model.Service{ServiceName: model.ServiceName{Namespace: "ns", Name: name}, Created: time.Unix(int64(id%7), 0),
-		ClusterIPs: []netip.Addr{w.addr(10, id)}}
-	if w.chance(12) {
-		s.Namespace = "kube-system"
-	}
-	if w.chance(4) {
-		s.Affinity = time.Duration(1+w.r.IntN(3)) * time.Hour
-	}
-	s.InternalLocal, s.ExternalLocal = w.chance(5), w.chance(3)
-	protocols := []model.Protocol{model.TCP, model.UDP, model.SCTP}
-	for i := range 1 + w.r.IntN(3) {
-		p := model.ServicePort{Name: fmt.Sprintf("p%d", i), Protocol: protocols[w.r.IntN(3)], Port: uint16(80 + w.r.IntN(4))}
-		if w.chance(2) {
-			p.NodePort = uint16(30000 + w.r.IntN(2000))
-		}
-		s.Ports = append(s.Ports, p)
-	}
-	if w.chance(3) {
-		s.LoadBalancerIPs = []netip.Addr{w.addr(172, w.r.IntN(60))}
-		if w.chance(2) {
-			s.SourceRanges = []netip.Prefix{netip.PrefixFrom(w.addr(11, w.r.IntN(3)), 24).Masked()}
-		}
-		if s.ExternalLocal {
-			s.HealthCheckNodePort = uint16(32000 + w.r.IntN(500))
-		}
-	}
-	if w.chance(6) {
-		s.ExternalIPs = []netip.Addr{w.addr(172, w.r.IntN(60))}
-	}
-	return s
-}
-
-func (w *world) slice(svc string, i int) *model.Slice {
-	sl := &model.Slice{Namespace: "ns", Name: fmt.Sprintf("%s-%d", svc, i), Service: svc, Family: w.family}
-	for i := range 3 {
-		for _, p := range []model.Protocol{model.TCP, model.UDP, model.SCTP} {
-			sl.Ports = append(sl.Ports, model.SlicePort{Name: fmt.Sprintf("p%d", i), Protocol: p, Port: uint16(8080 + i)})
-		}
-	}
-	n := w.r.IntN(5)
-	if w.chance(25) {
-		n = w.r.IntN(200)
-	}
-	for range n {
-		ready := !w.chance(4)
-		sl.Endpoints = append(sl.Endpoints, model.Endpoint{Addr: w.addr(10, 1<<20+w.r.IntN(400)), Node: fmt.Sprintf("node-%d", w.r.IntN(4)),
-			Ready: ready, Serving: ready || w.chance(2), Terminating: !ready})
-	}
-	return sl
-}
-
-func sum(s string) uint32 {
-	h := uint32(17)
-	for _, c := range s {
-		h = h*2654435761 + uint32(c)
-	}
-	return h >> 7
-}
-
-// step makes one random event.
-func (w *world) step() {
-	name := fmt.Sprintf("svc-%d", w.r.IntN(w.names))
-	switch w.r.IntN(10) {
-	case 0:
-		delete(w.svcs, name)
-	case 1, 2, 3:
-		w.svcs[name] = w.service(name)
-	case 4:
-		delete(w.slices, fmt.Sprintf("%s-%d", name, w.r.IntN(2)))
-	case 5:
-		if w.chance(40) {
-			w.facts.MasqueradeAll = !w.facts.MasqueradeAll
-			w.facts.LocalhostNodePorts = w.family == model.IPv4 && w.chance(2)
-			f := w.facts
-			if w.planner.SetFacts(&f) {
-				for n := range w.names {
-					w.update(fmt.Sprintf("svc-%d", n))
-				}
-			}
-		}
-	default:
-		sl := w.slice(name, w.r.IntN(2))
-		w.slices[sl.Name] = sl
-	}
-	w.update(name)
-}
-
-func (w *world) update(name string) {
-	var list []*model.Slice
-	for i := range 2 {
-		if sl := w.slices[fmt.Sprintf("%s-%d", name, i)]; sl != nil {
-			list = append(list, sl)
-		}
-	}
-	w.planner.Update(model.ServiceName{Namespace: "ns", Name: name}, w.svcs[name], list)
-}
-
-func (w *world) options() Options {
-	o := Options{Family: w.family, MasqueradeBit: 14, RandomFully: true}
-	o.Detector.CIDR = netip.PrefixFrom(w.addr(10, 0), 8)
+func options(w *history.World) Options {
+	o := Options{Family: w.Family, MasqueradeBit: 14, RandomFully: true}
+	o.Detector.CIDR = netip.PrefixFrom(w.Addr(10, 0), 8)
 	return o
 }
 
@@ -170,11 +42,11 @@ func newReport() *reportLog {
 }
 
 // fresh is what a start from nothing writes for a Set.
-func fresh(t *testing.T, w *world, set *plan.Set, refuse func(string) bool) string {
+func fresh(t *testing.T, w *history.World, set *plan.Set, refuse func(string) bool) string {
 	t.Helper()
-	k := newFake(w.r)
+	k := newFake(w.Rand)
 	k.refuse = refuse
-	x := newProxier(w.options(), k)
+	x := newProxier(options(w), k)
 	if err := x.Sync(context.Background(), set); err != nil {
 		t.Fatalf("start from nothing: %v", err)
 	}
@@ -192,21 +64,21 @@ func TestIncrementalEqualsFull(t *testing.T) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(uint64(seed), 1))
 			family := []model.Family{model.IPv4, model.IPv6}[seed%2]
-			w := newWorld(r, family, []int{3, 30, 150}[seed%3])
+			w := history.New(r, family, []int{3, 30, 150}[seed%3])
 			k := newFake(r)
 			flaky := seed%4 == 0
-			o := w.options()
+			o := options(w)
 			report := newReport()
 			o.Report = report
 			x := newProxier(o, k)
 			for range 8 {
-				for range 1 + r.IntN(w.names) {
-					w.step()
+				for range 1 + r.IntN(w.Names) {
+					w.Step()
 				}
 				if flaky {
 					k.fail = func() bool { return r.IntN(10) == 0 }
 				}
-				set := w.planner.Set()
+				set := w.Set()
 				err := x.Sync(context.Background(), set)
 				for tries := 0; err != nil; tries++ {
 					if strings.Contains(err.Error(), "BUG") || tries > 100 {
@@ -249,9 +121,9 @@ func sameButFirewall(a, b string) bool {
 // TestRefusedServiceIsSetAside is law 7.
 func TestRefusedServiceIsSetAside(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
-	w := newWorld(r, model.IPv4, 200)
+	w := history.New(r, model.IPv4, 200)
 	for range 600 {
-		w.step()
+		w.Step()
 	}
 	k := newFake(r)
 	bad := map[string]bool{}
@@ -259,14 +131,14 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 		return strings.Contains(rule, "-p sctp -m comment") && strings.Contains(rule, "svc-1")
 	}
 	report := newReport()
-	o := w.options()
+	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
 	clock := time.Unix(0, 0)
 	x.now = func() time.Time { return clock }
 	check := func() {
 		t.Helper()
-		set := w.planner.Set()
+		set := w.Set()
 		if err := x.Sync(context.Background(), set); err != nil {
 			t.Fatal(err)
 		}
@@ -297,7 +169,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	}
 	for range 30 {
 		for range 20 {
-			w.step()
+			w.Step()
 		}
 		check()
 	}
@@ -317,16 +189,16 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 // TestDrift: what somebody else changes is found and put right, and only that.
 func TestDrift(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
-	w := newWorld(r, model.IPv4, 200)
+	w := history.New(r, model.IPv4, 200)
 	for range 600 {
-		w.step()
+		w.Step()
 	}
 	k := newFake(r)
-	o := w.options()
+	o := options(w)
 	report := newReport()
 	o.Report = report
 	x := newProxier(o, k)
-	set := w.planner.Set()
+	set := w.Set()
 	ctx := context.Background()
 	if err := x.Sync(ctx, set); err != nil {
 		t.Fatal(err)
@@ -360,22 +232,22 @@ func TestDrift(t *testing.T) {
 // it and the next Check.
 func TestDriftBesideASync(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 5))
-	w := newWorld(r, model.IPv4, 40)
+	w := history.New(r, model.IPv4, 40)
 	for range 100 {
-		w.step()
+		w.Step()
 	}
 	k := newFake(r)
-	x := newProxier(w.options(), k)
+	x := newProxier(options(w), k)
 	ctx := context.Background()
-	if err := x.Sync(ctx, w.planner.Set()); err != nil {
+	if err := x.Sync(ctx, w.Set()); err != nil {
 		t.Fatal(err)
 	}
 	k.tables[tableFilter]["FORWARD"] = nil
 	k.writes++
 	for range 5 {
-		w.step()
+		w.Step()
 	}
-	set := w.planner.Set()
+	set := w.Set()
 	if err := x.Sync(ctx, set); err != nil {
 		t.Fatal(err)
 	}
@@ -394,20 +266,20 @@ func TestDriftBesideASync(t *testing.T) {
 // TestPrime: a node without rules gets the important Services first; one that
 // has rules keeps them all.
 func TestPrime(t *testing.T) {
-	w := newWorld(rand.New(rand.NewPCG(11, 12)), model.IPv4, 100)
+	w := history.New(rand.New(rand.NewPCG(11, 12)), model.IPv4, 100)
 	for range 400 {
-		w.step()
+		w.Step()
 	}
-	set := w.planner.Set()
+	set := w.Set()
 	ctx := context.Background()
-	k := newFake(w.r)
-	if wrote, err := newProxier(w.options(), k).Prime(ctx, set); !wrote || err != nil {
+	k := newFake(w.Rand)
+	if wrote, err := newProxier(options(w), k).Prime(ctx, set); !wrote || err != nil {
 		t.Fatalf("wrote %v, error %v", wrote, err)
 	}
 	if got := k.text(); !strings.Contains(got, "kube-system/") || strings.Contains(got, " ns/") || strings.Contains(got, "\"ns/") {
 		t.Fatalf("not the important Services, or not only:\n%s", got)
 	}
-	x := newProxier(w.options(), k)
+	x := newProxier(options(w), k)
 	if err := x.Sync(ctx, set); err != nil {
 		t.Fatal(err)
 	}
@@ -415,10 +287,10 @@ func TestPrime(t *testing.T) {
 	if k.text() != want {
 		t.Fatalf("after the full Sync:\n%s", cmp.Diff(want, k.text()))
 	}
-	if wrote, err := newProxier(w.options(), k).Prime(ctx, plan.EmptySet(set.Facts)); wrote || err != nil || k.text() != want {
+	if wrote, err := newProxier(options(w), k).Prime(ctx, plan.EmptySet(set.Facts)); wrote || err != nil || k.text() != want {
 		t.Fatalf("a node with rules was primed: wrote %v, error %v", wrote, err)
 	}
-	if wrote, err := newProxier(w.options(), k).Prime(ctx, set); wrote || err != nil || k.text() != want {
+	if wrote, err := newProxier(options(w), k).Prime(ctx, set); wrote || err != nil || k.text() != want {
 		t.Fatalf("a node with rules was primed: wrote %v, error %v", wrote, err)
 	}
 }

@@ -4,16 +4,10 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"unsafe"
 
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
-
-	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
 )
 
@@ -294,63 +288,4 @@ func (k *xtKernel) try(ctx context.Context, list []tableChain) error {
 	return err
 }
 
-func (k *xtKernel) token() (string, bool) {
-	if k.run.Variant == xtables.NFT {
-		return nftGeneration()
-	}
-	var out string
-	for _, table := range []string{tableNAT, tableFilter} {
-		info, err := legacyInfo(k.run.Family, table)
-		if err != nil {
-			return "", false
-		}
-		out += info
-	}
-	return out, true
-}
-
-// nftGeneration asks for the ruleset generation, which every commit of anybody
-// in this network namespace increases.
-func nftGeneration() (string, bool) {
-	const getGen = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN
-	req := nl.NewNetlinkRequest(getGen, 0)
-	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
-	msgs, err := req.Execute(unix.NETLINK_NETFILTER, 0)
-	if err != nil || len(msgs) == 0 || len(msgs[0]) < nl.SizeofNfgenmsg {
-		return "", false
-	}
-	attrs, err := nl.ParseRouteAttr(msgs[0][nl.SizeofNfgenmsg:])
-	if err != nil {
-		return "", false
-	}
-	for _, a := range attrs {
-		if a.Attr.Type == unix.NFTA_GEN_ID && len(a.Value) == 4 {
-			return fmt.Sprint(binary.BigEndian.Uint32(a.Value)), true
-		}
-	}
-	return "", false
-}
-
-// legacyInfo is struct ipt_getinfo: number of entries, size and hook offsets of
-// a table. Hardly any change leaves all of them as they were.
-func legacyInfo(family model.Family, table string) (string, error) {
-	const getInfo = 64 // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
-	domain, level := unix.AF_INET, unix.IPPROTO_IP
-	if family == model.IPv6 {
-		domain, level = unix.AF_INET6, unix.IPPROTO_IPV6
-	}
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-	if err != nil {
-		return "", fmt.Errorf("open raw socket: %w", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	var info [84]byte
-	copy(info[:31], table)
-	size := uint32(len(info))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), getInfo,
-		uintptr(unsafe.Pointer(&info[0])), uintptr(unsafe.Pointer(&size)), 0)
-	if errno != 0 {
-		return "", fmt.Errorf("ask for table %s: %w", table, errno)
-	}
-	return string(info[:]), nil
-}
+func (k *xtKernel) token() (string, bool) { return k.run.Token(tableNAT, tableFilter) }

@@ -21,6 +21,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+	"github.com/sluice-proxy/sluice/test/history"
 )
 
 // inNamespace runs the test's goroutine in a network namespace of its own, for
@@ -126,18 +127,18 @@ func TestKernelIncrementalEqualsFull(t *testing.T) {
 func kernelHistory(t *testing.T, v xtables.Variant, f model.Family, seed uint64) {
 	inNamespace(t)
 	r := rand.New(rand.NewPCG(seed, 9))
-	w := newWorld(r, f, []int{3, 40, 120}[seed%3])
-	o := w.options()
+	w := history.New(r, f, []int{3, 40, 120}[seed%3])
+	o := options(w)
 	o.Programs = programs(t, v, f)
 	report := newReport()
 	o.Report = report
 	x := New(o)
 	ctx := context.Background()
 	for step := range 6 {
-		for range 1 + r.IntN(w.names) {
-			w.step()
+		for range 1 + r.IntN(w.Names) {
+			w.Step()
 		}
-		set := w.planner.Set()
+		set := w.Set()
 		if step == 4 {
 			x = New(o) // a restart: adopt what is there
 		}
@@ -176,18 +177,18 @@ func TestKernelDrift(t *testing.T) {
 	for _, k := range kernels {
 		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
 			inNamespace(t)
-			w := newWorld(rand.New(rand.NewPCG(5, 6)), k.family, 100)
+			w := history.New(rand.New(rand.NewPCG(5, 6)), k.family, 100)
 			for range 300 {
-				w.step()
+				w.Step()
 			}
-			o := w.options()
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			report := newReport()
 			o.Report = report
 			before := inKernel(t, o.Programs)
 			x := New(o)
 			ctx := context.Background()
-			set := w.planner.Set()
+			set := w.Set()
 			if err := x.Sync(ctx, set); err != nil {
 				t.Fatal(err)
 			}
@@ -240,39 +241,39 @@ func TestKernelRefusal(t *testing.T) {
 	for _, k := range kernels {
 		t.Run(fmt.Sprintf("%s-%s", k.variant, k.family), func(t *testing.T) {
 			inNamespace(t)
-			w := newWorld(rand.New(rand.NewPCG(7, 8)), k.family, 60)
+			w := history.New(rand.New(rand.NewPCG(7, 8)), k.family, 60)
 			for range 300 {
-				w.step()
+				w.Step()
 			}
 			// No kernel takes a timeout of more than 32 bits.
-			bad := &model.Service{ServiceName: model.ServiceName{Namespace: "ns", Name: "svc-7"}, ClusterIPs: []netip.Addr{w.addr(10, 9999)},
+			bad := &model.Service{ServiceName: model.ServiceName{Namespace: "ns", Name: "svc-7"}, ClusterIPs: []netip.Addr{w.Addr(10, 9999)},
 				Affinity: 1 << 33 * time.Second, Ports: []model.ServicePort{{Name: "p0", Protocol: model.TCP, Port: 80}}}
-			w.svcs["svc-7"] = bad
-			w.slices["svc-7-0"] = w.slice("svc-7", 0)
-			w.slices["svc-7-0"].Endpoints = []model.Endpoint{{Addr: w.addr(10, 77), Ready: true, Serving: true}}
-			w.update("svc-7")
-			o := w.options()
+			w.Services["svc-7"] = bad
+			w.Slices["svc-7-0"] = w.Slice("svc-7", 0)
+			w.Slices["svc-7-0"].Endpoints = []model.Endpoint{{Addr: w.Addr(10, 77), Ready: true, Serving: true}}
+			w.Update("svc-7")
+			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
 			report := newReport()
 			o.Report = report
 			x := New(o)
-			set := w.planner.Set()
+			set := w.Set()
 			if err := x.Sync(context.Background(), set); err != nil {
 				t.Fatal(err)
 			}
 			if len(report.aside) != 1 || report.aside[model.PortKey{Namespace: "ns", Name: "svc-7", Port: "p0", Protocol: model.TCP}] == nil {
 				t.Fatalf("set aside: %v", report.aside)
 			}
-			delete(w.svcs, "svc-7")
-			w.update("svc-7")
-			if got, want := inKernel(t, o.Programs), rendered(w.planner.Set(), o); got != want {
+			delete(w.Services, "svc-7")
+			w.Update("svc-7")
+			if got, want := inKernel(t, o.Programs), rendered(w.Set(), o); got != want {
 				t.Fatalf("the others are not in force, or a trial was left behind:\n%s", cmp.Diff(want, got))
 			}
 			bad.Affinity = time.Hour
 			fixed := *bad
-			w.svcs["svc-7"] = &fixed
-			w.update("svc-7")
-			set = w.planner.Set()
+			w.Services["svc-7"] = &fixed
+			w.Update("svc-7")
+			set = w.Set()
 			if err := x.Sync(context.Background(), set); err != nil || len(report.aside) != 0 {
 				t.Fatalf("after the mend: error %v, set aside %v", err, report.aside)
 			}

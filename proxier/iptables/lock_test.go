@@ -14,6 +14,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+	"github.com/sluice-proxy/sluice/test/history"
 )
 
 // TestKernelLock: somebody else holds the xtables lock for longer than one
@@ -28,8 +29,8 @@ func TestKernelLock(t *testing.T) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	w := newWorld(nil, model.IPv4, 1)
-	o := w.options()
+	w := history.New(nil, model.IPv4, 1)
+	o := options(w)
 	o.Programs = programs(t, xtables.Legacy, model.IPv4)
 	waited, failed := 0, 0
 	o.Stats.Failed = func() { failed++ }
@@ -39,7 +40,7 @@ func TestKernelLock(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	set := w.planner.Set()
+	set := w.Set()
 	if err := New(o).Sync(context.Background(), set); err != nil {
 		t.Fatal(err)
 	}
@@ -58,13 +59,13 @@ func TestKernelLockedForLong(t *testing.T) {
 		t.Skip("SKIPPED with -short: it waits for the lock, 5 seconds several times")
 	}
 	inNamespace(t)
-	w := newWorld(rand.New(rand.NewPCG(1, 1)), model.IPv4, 20)
-	o := w.options()
+	w := history.New(rand.New(rand.NewPCG(1, 1)), model.IPv4, 20)
+	o := options(w)
 	o.Programs = programs(t, xtables.Legacy, model.IPv4)
 	report := newReport()
 	o.Report = report
 	x := New(o)
-	if err := x.Sync(context.Background(), w.planner.Set()); err != nil {
+	if err := x.Sync(context.Background(), w.Set()); err != nil {
 		t.Fatal(err)
 	}
 	lock, err := os.OpenFile(os.Getenv("XTABLES_LOCKFILE"), os.O_CREATE|os.O_RDWR, 0o600)
@@ -76,11 +77,11 @@ func TestKernelLockedForLong(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 30 {
-		w.step()
+		w.Step()
 	}
 	failed := 0
 	x.kernel.(*xtKernel).run.Stats.Failed = func() { failed++ }
-	err = x.Sync(context.Background(), w.planner.Set())
+	err = x.Sync(context.Background(), w.Set())
 	var failure *xtables.RestoreError
 	if !errors.As(err, &failure) || failure.Refused() {
 		t.Fatalf("error %v, want one that blames nobody", err)
@@ -89,7 +90,7 @@ func TestKernelLockedForLong(t *testing.T) {
 		t.Errorf("%d restores failed, want the change and the full comparison; set aside %v", failed, report.aside)
 	}
 	_ = unix.Flock(int(lock.Fd()), unix.LOCK_UN)
-	set := w.planner.Set()
+	set := w.Set()
 	if err := x.Sync(context.Background(), set); err != nil {
 		t.Fatal(err)
 	}
