@@ -319,3 +319,65 @@ func TestAnotherSluiceRecognizesUs(t *testing.T) {
 		t.Errorf("found %v: %+v", found, peer)
 	}
 }
+
+// What ipvs mode shows besides: the scheduler and weights of a Service, what it
+// asks for in vain, and endpoints that leave.
+func TestPagesOfIPVS(t *testing.T) {
+	st := state.NewStore()
+	name := model.ServiceName{Namespace: "shop", Name: "cart"}
+	st.SetService(&model.Service{ServiceName: name, ClusterIPs: []netip.Addr{netip.MustParseAddr("10.96.0.20")},
+		Ports:   []model.ServicePort{{Name: "http", Protocol: model.TCP, Port: 80}},
+		Balance: &model.Balance{Scheduler: "wrr", FlagsSet: true, SchedFlags: []string{"mh-port"}, Weights: &model.Weights{Default: 1, Zones: map[string]uint16{"a": 5, "c": 0}}}})
+	slice := &model.Slice{Namespace: "shop", Name: "cart-1", Service: "cart", Family: model.IPv4, Ports: []model.SlicePort{{Name: "http", Protocol: model.TCP, Port: 8080}}}
+	for i, zone := range []string{"a", "b", "c"} {
+		slice.Endpoints = append(slice.Endpoints, model.Endpoint{Addr: netip.AddrFrom4([4]byte{10, 244, 1, byte(i)}), Ready: true, Serving: true})
+		slice.Origins = append(slice.Origins, model.Origin{Zone: zone})
+	}
+	slice.Endpoints = append(slice.Endpoints, model.Endpoint{Addr: netip.MustParseAddr("10.244.1.9"), Serving: true, Terminating: true})
+	st.SetSlice(slice)
+	st.SetSynced()
+	st.Publish()
+	planner := plan.NewPlanner(&plan.Facts{Family: model.IPv4, NodeName: "node-1", NodePorts: plan.NodePortAddresses{All: true},
+		Schedulers: []string{"rr", "wrr"}, DefaultScheduler: "rr"})
+	e := st.Current().Get(name)
+	planner.Update(e.Name, e.Service, e.Slices)
+	set := planner.Set()
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	until := at.Add(15 * time.Minute)
+	h := NewServer(Options{Snapshot: st.Current, Sets: map[model.Family]func() *plan.Set{model.IPv4: func() *plan.Set { return set }},
+		IPVS: func() IPVS {
+			return IPVS{Scheduler: "rr", Schedulers: []string{"rr", "wrr"}, Draining: []Draining{
+				{Family: model.IPv4, Server: "10.96.0.20:80/TCP", Endpoint: netip.MustParseAddrPort("10.244.1.8:8080"), Since: at, Until: &until, Active: 12, Inactive: 3},
+				{Family: model.IPv6, Server: "[fd00::10]:80/TCP", Endpoint: netip.MustParseAddrPort("[fd00:1::8]:8080"), Since: at, Active: 1},
+			}}
+		}}).Handler()
+	for file, path := range map[string]string{
+		"ipvs.txt":            "/sluice/ipvs",
+		"ipvs.json":           "/sluice/ipvs?format=json",
+		"ipvs-service.txt":    "/sluice/services/shop/cart",
+		"ipvs-service.json":   "/sluice/services/shop/cart?format=json",
+		"ipvs-problems.txt":   "/sluice/services?problems",
+		"ipvs.html":           "/sluice/ipvs?format=html",
+		"ipvs-index-link.txt": "/sluice/",
+	} {
+		got := ask(t, h, http.MethodGet, path, "").Body.Bytes()
+		if file == "ipvs-index-link.txt" {
+			if !bytes.Contains(got, []byte(`href="/sluice/ipvs"`)) {
+				t.Error("the index does not lead to /sluice/ipvs")
+			}
+			continue
+		}
+		golden := "testdata/" + file
+		if *update {
+			if err := os.WriteFile(golden, got, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if want, err := os.ReadFile(golden); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s differs from %s (%v; run with -update and read the difference):\n%s", path, golden, err, got)
+		}
+	}
+	if got := ask(t, NewServer(options()).Handler(), http.MethodGet, "/sluice/ipvs", "").Code; got != http.StatusNotFound {
+		t.Errorf("/sluice/ipvs in another mode: %d", got)
+	}
+}

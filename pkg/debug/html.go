@@ -210,6 +210,9 @@ func (s *Server) indexLinks(b *strings.Builder) {
 	if s.opts.Ruleset != nil {
 		links = append(links, link{"/sluice/ruleset?service=NAMESPACE/NAME", "the kernel objects wanted for it"})
 	}
+	if s.opts.IPVS != nil {
+		links = append(links, link{"/sluice/ipvs", "schedulers, and endpoints that only finish their connections"})
+	}
 	links = append(links, link{"/metrics", "metrics, under kube-proxy's names and our own"}, link{"/metrics/slis", "component SLIs"})
 	if s.opts.Mode != nil {
 		links = append(links, link{"/proxyMode", "the mode in force"})

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -23,6 +24,9 @@ func (s *Server) sluicePages(mux *http.ServeMux) {
 	mux.HandleFunc("GET /sluice/services/{namespace}/{name}", s.service)
 	if s.opts.Ruleset != nil {
 		mux.HandleFunc("GET /sluice/ruleset", s.ruleset)
+	}
+	if s.opts.IPVS != nil {
+		mux.HandleFunc("GET /sluice/ipvs", s.ipvs)
 	}
 }
 
@@ -206,6 +210,12 @@ func textPort(out io.Writer, p portView) {
 	for _, l := range p.Lost {
 		fmt.Fprintf(out, "  CLASH: %s belongs to %s, which is older\n", l.Frontend, l.Winner)
 	}
+	for _, problem := range p.Problems {
+		fmt.Fprintf(out, "  IGNORED: %s\n", problem)
+	}
+	if p.Scheduler != "" {
+		fmt.Fprintf(out, "  scheduler: %s\n", p.Scheduler)
+	}
 	if p.AffinitySeconds > 0 {
 		fmt.Fprintf(out, "  affinity: a client keeps its endpoint for %d s\n", p.AffinitySeconds)
 	}
@@ -221,7 +231,11 @@ func textPort(out io.Writer, p portView) {
 		table = append(table, []string{f.Kind, f.Address, f.FromPod, f.FromNode, f.FromOutside, sources})
 	}
 	textTable(out, table)
-	table = [][]string{{"ENDPOINT", "USED BY", "WHERE"}}
+	textTable(out, endpointTable(p))
+}
+
+func endpointTable(p portView) [][]string {
+	table := [][]string{{"ENDPOINT", "USED BY", "WHERE"}}
 	for _, e := range p.Endpoints {
 		where := "elsewhere"
 		if e.Local {
@@ -229,7 +243,18 @@ func textPort(out io.Writer, p portView) {
 		}
 		table = append(table, []string{e.Address, joinOr(e.UsedBy, "existing connections only"), where})
 	}
-	textTable(out, table)
+	if p.Scheduler == "" {
+		return table
+	}
+	table[0] = append(table[0], "WEIGHT")
+	for i, e := range p.Endpoints {
+		weight := "-"
+		if e.Weight != nil {
+			weight = strconv.Itoa(int(*e.Weight))
+		}
+		table[i+1] = append(table[i+1], weight)
+	}
+	return table
 }
 
 // textTable writes rows in columns, and nothing for a header alone.

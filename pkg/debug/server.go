@@ -42,6 +42,7 @@ type Options struct {
 	// Ruleset returns what a Service's plans compile to, "" if to nothing.
 	Ruleset func(context.Context, model.ServiceName) (string, error)
 	Health  func() health.Report
+	IPVS    func() IPVS // nil in other modes
 }
 
 // Server is the metrics and debug server.

@@ -25,13 +25,17 @@ type portView struct {
 	Frontends []frontendView `json:"frontends"`
 	Endpoints []endpointView `json:"endpoints"`
 
-	AffinitySeconds int64 `json:"affinitySeconds,omitempty"`
-	HealthPort      int   `json:"healthCheckNodePort,omitempty"`
-	HealthLocal     int   `json:"localReadyEndpoints,omitempty"`
+	// Scheduler is the one in force, with its flags if the Service asks for any;
+	// "" in modes that have none.
+	Scheduler       string `json:"scheduler,omitempty"`
+	AffinitySeconds int64  `json:"affinitySeconds,omitempty"`
+	HealthPort      int    `json:"healthCheckNodePort,omitempty"`
+	HealthLocal     int    `json:"localReadyEndpoints,omitempty"`
 
 	Why      []string    `json:"why,omitempty"`
 	Lost     []clashView `json:"lost,omitempty"`
 	SetAside string      `json:"setAside,omitempty"`
+	Problems []string    `json:"ignoredSettings,omitempty"` // what the Service asks for and cannot have
 }
 
 type frontendView struct {
@@ -47,7 +51,8 @@ type frontendView struct {
 type endpointView struct {
 	Address string   `json:"address"`
 	Local   bool     `json:"maybeOnThisNode"`
-	UsedBy  []string `json:"usedBy"` // "cluster", "local"; none: connections that exist may go on
+	UsedBy  []string `json:"usedBy"`           // "cluster", "local"; none: connections that exist may go on
+	Weight  *uint16  `json:"weight,omitempty"` // of those in use, in modes with schedulers
 }
 
 type clashView struct {
@@ -94,7 +99,11 @@ func (s *Server) portView(f model.Family, p *plan.Plan) portView {
 		Frontends: []frontendView{}, Endpoints: endpointViews(p),
 		AffinitySeconds: int64(p.Affinity / time.Second),
 		HealthPort:      int(p.HealthPort), HealthLocal: p.HealthLocal,
-		Why: p.Why.Texts(),
+		Why: p.Why.Texts(), Problems: p.Problems,
+	}
+	if facts := s.set(f).Facts; facts != nil && facts.Schedulers != nil {
+		v.Scheduler = scheduler(p.Balance, facts)
+		weigh(v.Endpoints, p)
 	}
 	for i := range p.Frontends {
 		fr := &p.Frontends[i]
@@ -113,6 +122,32 @@ func (s *Server) portView(f model.Family, p *plan.Plan) portView {
 		v.SetAside = err.Error()
 	}
 	return v
+}
+
+func scheduler(b plan.Balance, facts *plan.Facts) string {
+	name := b.Scheduler
+	if name == "" {
+		name = facts.DefaultScheduler
+	}
+	if b.FlagsSet {
+		name += ", flags " + b.Flags.String()
+	}
+	return name
+}
+
+// weigh fills in the weights of endpoints that are in use.
+func weigh(views []endpointView, p *plan.Plan) {
+	weights := map[string]uint16{}
+	for _, list := range [][]plan.Endpoint{p.Cluster, p.Local} {
+		for _, e := range list {
+			weights[e.AddrPort.String()] = e.Weight
+		}
+	}
+	for i := range views {
+		if w, ok := weights[views[i].Address]; ok {
+			views[i].Weight = &w
+		}
+	}
 }
 
 func (s *Server) setAside(f model.Family, p *plan.Plan) error {
@@ -189,6 +224,9 @@ func (s *Server) rowView(f model.Family, p *plan.Plan) rowView {
 	}
 	for i := range p.Lost {
 		v.State = append(v.State, fmt.Sprintf("%s belongs to %s", name(&p.Lost[i].Frontend), p.Lost[i].Winner))
+	}
+	for _, problem := range p.Problems {
+		v.State = append(v.State, "ignored: "+problem)
 	}
 	v.Problem = len(v.State) > 0 || p.Why&(plan.NoEndpoints|plan.OnlyTerminating|plan.OnlyTerminatingLocal) != 0
 	v.State = append(v.State, p.Why.Texts()...)
