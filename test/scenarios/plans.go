@@ -45,7 +45,28 @@ func (s *Scenario) Detector(f model.Family) Detector {
 	return Detector{}
 }
 
-// Facts returns the node's facts for a family.
+// Schedulers are those of a kernel with all of IPVS.
+var Schedulers = []string{"dh", "fo", "lblc", "lblcr", "lc", "mh", "nq", "ovf", "rr", "sed", "sh", "wlc", "wrr"}
+
+// FactsIn returns the node's facts for a family in a proxier's mode, as the agent
+// makes them.
+func (s *Scenario) FactsIn(mode string, f model.Family) *plan.Facts {
+	facts := s.Facts(f)
+	if mode != "ipvs" {
+		return facts
+	}
+	facts.LocalhostNodePorts = false // IPVS cannot
+	facts.Schedulers, facts.DefaultScheduler = Schedulers, "rr"
+	for _, a := range s.Cluster.Host(NodeName).Addrs {
+		if model.FamilyOf(a) == f {
+			facts.OwnAddrs = append(facts.OwnAddrs, a)
+		}
+	}
+	slices.SortFunc(facts.OwnAddrs, netip.Addr.Compare)
+	return facts
+}
+
+// Facts returns the node's facts for a family in iptables mode.
 func (s *Scenario) Facts(f model.Family) *plan.Facts {
 	self, _ := new(convert.Converter).Node(s.Node)
 	spec, _ := nodePortSpec(s.Settings.NodePortAddresses) // checked by Parse
@@ -94,11 +115,14 @@ func nodePortSpec(values []string) (node.Spec, error) {
 	return spec, nil
 }
 
-// Set plans the scenario for a family, by the way that events take: conversion,
-// store, planner.
-func (s *Scenario) Set(f model.Family) *plan.Set {
+// Set plans the scenario for a family in iptables mode.
+func (s *Scenario) Set(f model.Family) *plan.Set { return s.SetIn("iptables", f) }
+
+// SetIn plans the scenario for a family in a proxier's mode, by the way that
+// events take: conversion, store, planner.
+func (s *Scenario) SetIn(mode string, f model.Family) *plan.Set {
 	store, _ := s.store()
-	planner := plan.NewPlanner(s.Facts(f))
+	planner := plan.NewPlanner(s.FactsIn(mode, f))
 	for e := range store.Current().All {
 		planner.Update(e.Name, e.Service, e.Slices)
 	}
