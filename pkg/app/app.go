@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/rest"
 	"k8s.io/component-base/version"
 
 	"github.com/sluice-proxy/sluice/conntrack"
@@ -28,6 +29,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/reconcile"
 	"github.com/sluice-proxy/sluice/pkg/state"
 	"github.com/sluice-proxy/sluice/pkg/watch"
+	"github.com/sluice-proxy/sluice/proxier"
 )
 
 // agent is everything that runs. Its fields are set before the first task
@@ -40,10 +42,16 @@ type agent struct {
 	events *eventWriter // nil without an API server
 	chosen config.Mode  // what the configuration asks for
 
+	ipvs     ipvsKernel
+	mode     mode         // in force
+	fellBack *unavailable // why it is not the chosen one; else nil
+
+	problems *problemReporter
+
 	health *health.Server
 	loops  []*family
 
-	detectors map[model.Family]detector
+	detectors map[model.Family]proxier.Detector
 	podCIDRs  []netip.Prefix // those of the Node at the start, in NodeCIDR mode
 
 	addresses atomic.Pointer[map[model.Family][]netip.Addr] // the node's own
@@ -65,21 +73,20 @@ type task func(ctx context.Context) error
 // Run runs the agent until ctx ends, and leaves the dataplane in place. It
 // returns an error if the agent cannot start, or must be started anew.
 func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
-	a := &agent{log: log, store: state.NewStore(), detectors: map[model.Family]detector{}}
-	a.cfg.Store(cfg)
-	a.chosen = cfg.Mode
+	a := newAgent(cfg, log)
 	if err := a.refuseBesideAnother(ctx, cfg); err != nil {
 		return err
 	}
 	boundMemory()
-	prepareHost(cfg, log, true)
-	source, err := a.source(cfg)
+	a.prepareProcess(cfg)
+	api, err := a.connect(cfg)
 	if err != nil {
 		return err
 	}
-	if cfg, err = a.supportedMode(cfg); err != nil {
+	if cfg, err = a.enterMode(ctx, cfg); err != nil {
 		return err
 	}
+	prepareHost(cfg, log, true)
 	tasks, ctx := errgroup.WithContext(ctx)
 	start := func(name string, t task) {
 		tasks.Go(func() error {
@@ -89,7 +96,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 			return nil
 		})
 	}
-	start("source", source)
+	start("source", a.source(cfg, api))
 	start("agent", func(ctx context.Context) error { return a.serve(ctx, cfg, start) })
 	err = tasks.Wait()
 	for _, f := range a.loops {
@@ -99,6 +106,25 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		log.Info("Stopped. The rules stay in force: traffic goes on by the last state, until the agent runs again or --cleanup removes them")
 	}
 	return err
+}
+
+func newAgent(cfg *config.Config, log *slog.Logger) *agent {
+	a := &agent{log: log, store: state.NewStore(), detectors: map[model.Family]proxier.Detector{}, chosen: cfg.Mode, ipvs: systemIPVS()}
+	a.problems = &problemReporter{a: a, told: map[model.ServiceName]string{}}
+	a.cfg.Store(cfg)
+	return a
+}
+
+// enterMode decides for the mode that this agent runs in, and returns the
+// configuration for it.
+func (a *agent) enterMode(ctx context.Context, cfg *config.Config) (*config.Config, error) {
+	m, cfg, err := a.chooseMode(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	a.mode = m
+	a.cfg.Store(cfg)
+	return cfg, nil
 }
 
 // boundMemory trades CPU for memory: what a large cluster's lists leave behind is
@@ -115,7 +141,8 @@ func (a *agent) serve(ctx context.Context, cfg *config.Config, start func(string
 	if err := a.waitForNodeCIDR(ctx, cfg); err != nil || ctx.Err() != nil {
 		return err
 	}
-	planes, err := a.dataplanes(ctx, cfg)
+	a.mode.prepare()
+	planes, err := a.dataplanes(ctx, cfg, a.mode)
 	if err != nil {
 		return err
 	}
@@ -172,14 +199,14 @@ func (a *agent) refuseBesideAnother(ctx context.Context, cfg *config.Config) err
 	}
 }
 
-// source returns the task that feeds the store.
-func (a *agent) source(cfg *config.Config) (task, error) {
+// connect prepares what talks to the API server; nil if there is none. It checks
+// what can be checked without it.
+func (a *agent) connect(cfg *config.Config) (*rest.Config, error) {
 	if cfg.Manifests != "" {
 		if info, err := os.Stat(cfg.Manifests); err != nil || !info.IsDir() {
 			return nil, fmt.Errorf("--manifests: %s is not a folder that can be read", cfg.Manifests)
 		}
-		m := &watch.Manifests{Dir: cfg.Manifests, Store: a.store, NodeName: cfg.NodeName, Log: a.log, Stats: &a.stats}
-		return m.Run, nil
+		return nil, nil
 	}
 	client := cfg.KubeProxy.ClientConnection
 	rc, err := watch.RESTConfig(watch.ClientOptions{Kubeconfig: client.Kubeconfig, Master: cfg.Master,
@@ -189,29 +216,17 @@ func (a *agent) source(cfg *config.Config) (task, error) {
 		return nil, fmt.Errorf("%w (for use without a cluster give a folder by --manifests)", err)
 	}
 	a.events, err = newEventWriter(rc, cfg.NodeName, a.log)
-	if err != nil {
-		return nil, err
-	}
-	api := &watch.API{Config: rc, Store: a.store, NodeName: cfg.NodeName, Log: a.log, Stats: &a.stats}
-	return api.Run, nil
+	return rc, err
 }
 
-// supportedMode returns the configuration for a mode that this version has.
-func (a *agent) supportedMode(cfg *config.Config) (*config.Config, error) {
-	if cfg.Mode == config.ModeIPTables {
-		return cfg, nil
+// source returns the task that feeds the store. Names and zones of endpoints are
+// worth their memory only where endpoints are weighed.
+func (a *agent) source(cfg *config.Config, rc *rest.Config) task {
+	_, weighs := a.mode.(*ipvsMode)
+	if rc == nil {
+		return (&watch.Manifests{Dir: cfg.Manifests, Store: a.store, NodeName: cfg.NodeName, KeepOrigins: weighs, Log: a.log, Stats: &a.stats}).Run
 	}
-	if !cfg.ModeFallback {
-		return nil, fmt.Errorf("mode %s: this version of Sluice has the iptables mode only, and modeFallback is off", cfg.Mode)
-	}
-	fallback, err := cfg.WithMode(config.ModeIPTables)
-	if err != nil {
-		return nil, err
-	}
-	a.log.Warn("This version of Sluice does not have the chosen mode; iptables mode is used instead", "chosen", cfg.Mode)
-	a.events.node("Warning", "ModeFallback", "StartKubeProxy", fmt.Sprintf("mode %s is not available in this version, iptables is used", cfg.Mode))
-	a.cfg.Store(fallback)
-	return fallback, nil
+	return (&watch.API{Config: rc, Store: a.store, NodeName: cfg.NodeName, KeepOrigins: weighs, Log: a.log, Stats: &a.stats}).Run
 }
 
 func (a *agent) registerMetrics(cfg *config.Config, planes []*dataplane) error {
@@ -222,17 +237,22 @@ func (a *agent) registerMetrics(cfg *config.Config, planes []*dataplane) error {
 	for _, p := range planes {
 		families = append(families, p.family)
 	}
-	if err := metrics.Register(metrics.IPTables, families...); err != nil {
+	if err := metrics.Register(string(cfg.Mode), families...); err != nil {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	v := version.Get()
 	metrics.SetBuild(v.GitVersion, v.GitCommit)
-	metrics.SetMode(string(cfg.Mode), string(a.chosen))
+	a.publishMode(cfg)
+	if cfg.Mode == config.ModeIPVS {
+		if err := metrics.RegisterDraining(a.countDraining); err != nil {
+			return fmt.Errorf("register metrics: %w", err)
+		}
+	}
 	for gate, on := range cfg.FeatureGates {
 		metrics.SetFeature(gate, "", on)
 	}
 	for _, f := range families {
-		for _, object := range []string{"chain", "jump"} {
+		for _, object := range a.mode.objects() {
 			metrics.DriftRepaired(object, f) // a counter that is there can be alerted on
 		}
 	}
@@ -255,7 +275,7 @@ func (a *agent) addFamily(p *dataplane) {
 			a.log.Warn("Could not clean conntrack entries; will try again", "ipFamily", fam, "err", err)
 		},
 	})
-	then := []reconcile.Sink{f.ports, metrics.NewPlans(p.family), &clashReporter{a: a}}
+	then := []reconcile.Sink{f.ports, metrics.NewPlans(p.family), &clashReporter{a: a}, a.problems.of()}
 	if a.cfg.Load().Conntrack.Cleanup {
 		then = append(then, f.clean)
 	}
@@ -370,6 +390,7 @@ func (a *agent) debugServer(cfg *config.Config) *debug.Server {
 		SetAside:     a.setAside,
 		Ruleset:      a.ruleset,
 		Health:       a.health.Health,
+		IPVS:         a.ipvsPage(),
 	})
 }
 

@@ -27,18 +27,14 @@ func (a *agent) factsOf(f model.Family, n *model.Node) *plan.Facts {
 	if n != nil {
 		facts.Zone = n.Zone
 	}
-	filter := cfg.NodePortAddresses.IPv4
-	if f == model.IPv6 {
-		filter = cfg.NodePortAddresses.IPv6
-	} else {
-		facts.LocalhostNodePorts = cfg.LocalhostNodePorts && filter.Serves(localhost, facts.NodeIP)
+	own := (*a.addresses.Load())[f]
+	filter := cfg.NodePortAddresses.IPv6
+	if f == model.IPv4 {
+		filter = cfg.NodePortAddresses.IPv4
+		facts.LocalhostNodePorts = cfg.LocalhostNodePorts && node.IncludesLocalhost(nodePorts(filter), facts.NodeIP)
 	}
-	facts.NodePorts.All = filter.All || filter.Primary && len(filter.Prefixes) == 0 && !facts.NodeIP.IsValid()
-	if !facts.NodePorts.All {
-		facts.NodePorts.Addrs = slices.DeleteFunc(slices.Clone((*a.addresses.Load())[f]), func(addr netip.Addr) bool {
-			return !filter.Serves(addr, facts.NodeIP)
-		})
-	}
+	facts.NodePorts = node.Select(nodePorts(filter), f, own, facts.NodeIP)
+	a.mode.adjust(facts, own)
 	return facts
 }
 

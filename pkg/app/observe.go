@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	runtimedebug "runtime/debug"
+	"strings"
+	"sync"
 	"time"
 
 	"k8s.io/component-base/logs"
@@ -118,6 +120,53 @@ func (c *clashReporter) Sync(_ context.Context, want *plan.Set) error {
 	})
 	c.last = want
 	return nil
+}
+
+// problemReporter tells people of settings of a Service that cannot be followed
+// here, once for the Service: its ports, in both families, have the same.
+type problemReporter struct {
+	a    *agent
+	mu   sync.Mutex
+	told map[model.ServiceName]string
+}
+
+// of returns the sink of one family.
+func (r *problemReporter) of() *problemSink { return &problemSink{r: r} }
+
+// problemSink implements reconcile.Sink.
+type problemSink struct {
+	r    *problemReporter
+	last *plan.Set
+}
+
+// Sync implements reconcile.Sink.
+func (s *problemSink) Sync(_ context.Context, want *plan.Set) error {
+	plan.Changes(s.last, want, func(old, new *plan.Plan) bool {
+		if new != nil {
+			s.r.report(new.PortKey.Service(), new.UID(), strings.Join(new.Problems, "; "))
+		} else {
+			s.r.report(old.PortKey.Service(), "", "")
+		}
+		return true
+	})
+	s.last = want
+	return nil
+}
+
+func (r *problemReporter) report(name model.ServiceName, uid, problems string) {
+	r.mu.Lock()
+	changed := r.told[name] != problems
+	if problems == "" {
+		delete(r.told, name)
+	} else {
+		r.told[name] = problems
+	}
+	r.mu.Unlock()
+	if !changed || problems == "" {
+		return
+	}
+	r.a.log.Warn("A Service has settings that cannot be followed; the defaults are in force for them", "service", name, "problems", problems)
+	r.a.events.service(name, uid, "Warning", "InvalidIPVSSettings", "PlanService", problems)
 }
 
 func setVerbosity(level string) error {
