@@ -119,7 +119,7 @@ type IPVS struct {
 	Scheduler    string         // "" is the proxier's default
 	ExcludeCIDRs []netip.Prefix // virtual servers in them are foreign
 	StrictARP    bool
-	// Timeouts; 0 leaves the kernel's.
+	// Timeouts, in ipvs mode whole seconds; 0 leaves the kernel's.
 	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
 	// Drain is how long a removed endpoint may keep its connections at the most;
 	// 0: without bound.

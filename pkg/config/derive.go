@@ -217,10 +217,33 @@ func (c *Config) deriveIPVS(ps *problems) {
 	}
 	if c.Mode == ModeIPVS {
 		*ps = append(*ps, own...)
+		c.cutFractions()
 		return
 	}
 	for _, p := range own {
 		c.warn("%s (no effect in %s mode)", p, c.Mode)
+	}
+}
+
+// cutFractions takes off what the kernel, which counts these timeouts in whole
+// seconds, cannot have. kube-proxy does so as well, and says nothing.
+func (c *Config) cutFractions() {
+	for _, t := range []struct {
+		field string
+		d     *time.Duration
+	}{
+		{"ipvs.tcpTimeout", &c.IPVS.TCPTimeout},
+		{"ipvs.tcpFinTimeout", &c.IPVS.TCPFinTimeout},
+		{"ipvs.udpTimeout", &c.IPVS.UDPTimeout},
+	} {
+		switch whole := t.d.Truncate(time.Second); {
+		case whole == *t.d:
+		case whole == 0:
+			c.warn("%s: %s is less than a second, in which the kernel counts: its own timeout stays", t.field, *t.d)
+		default:
+			c.warn("%s: the kernel counts in seconds: %s becomes %s", t.field, *t.d, whole)
+		}
+		*t.d = t.d.Truncate(time.Second)
 	}
 }
 

@@ -204,6 +204,8 @@ func TestFlagsToConfig(t *testing.T) {
 		{[]string{"--mode=ipvs", "--ipvs-scheduler=mh", "--ipvs-exclude-cidrs=10.0.0.0/8", "--ipvs-strict-arp", "--ipvs-tcp-timeout=1h", "--ipvs-tcpfin-timeout=1m", "--ipvs-udp-timeout=5s", "--ipvs-drain=0"},
 			func(c *Config) any { return c.IPVS },
 			IPVS{Scheduler: "mh", ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, StrictARP: true, TCPTimeout: time.Hour, TCPFinTimeout: time.Minute, UDPTimeout: 5 * time.Second}},
+		{[]string{"--mode=ipvs", "--ipvs-udp-timeout=500ms"}, func(c *Config) any { return c.IPVS.UDPTimeout }, time.Duration(0)},
+		{[]string{"--mode=ipvs", "--ipvs-tcp-timeout=90500ms"}, func(c *Config) any { return c.IPVS.TCPTimeout }, 90 * time.Second},
 		{[]string{"--manifests=/m"}, func(c *Config) any { return c.Manifests }, "/m"},
 		{nil, func(c *Config) any { return c.IPTablesVariant }, VariantAuto},
 		{[]string{"--iptables-variant=legacy"}, func(c *Config) any { return c.IPTablesVariant }, VariantLegacy},

@@ -261,6 +261,8 @@ func TestWarnings(t *testing.T) {
 		{"winkernel: {networkName: net}", nil, "winkernel.networkName is for Windows: ignored"},
 		{"windowsRunAsService: true", nil, "windowsRunAsService is for Windows: ignored"},
 		{"ipvs: {scheduler: 'a b'}", nil, `ipvs.scheduler: "a b" cannot be the name of a scheduler, such as rr, wrr, lc or mh (no effect in iptables mode)`},
+		{"mode: ipvs\nipvs: {udpTimeout: 500ms}", nil, "ipvs.udpTimeout: 500ms is less than a second, in which the kernel counts: its own timeout stays"},
+		{"mode: ipvs\nipvs: {tcpTimeout: 1m0.5s}", nil, "ipvs.tcpTimeout: the kernel counts in seconds: 1m0.5s becomes 1m0s"},
 		{"ipvs: {excludeCIDRs: [x]}", nil, `ipvs.excludeCIDRs[0]: "x" is not a CIDR (no effect in iptables mode)`},
 		{"clusterCIDR: x\ndetectLocalMode: NodeCIDR", nil, "clusterCIDR has no effect with detectLocalMode NodeCIDR"},
 		{"udpIdleTimeout: 1s", nil, "udpIdleTimeout: kube-proxy has removed this field (it belonged to the userspace mode): ignored"},
