@@ -32,24 +32,6 @@ type NodePortFilter struct {
 	Prefixes []netip.Prefix
 }
 
-// Serves reports whether NodePorts are served on a local address. The primary is
-// the node's address in the family; the zero Addr if it has none. Like kube-proxy
-// it treats a family as unrestricted if primary is all that was asked for and the
-// node has no primary address in it.
-func (f NodePortFilter) Serves(addr, primary netip.Addr) bool {
-	if f.All {
-		return true
-	}
-	usable := primary.IsValid() && !primary.IsLoopback()
-	if f.Primary && !usable && len(f.Prefixes) == 0 {
-		return true
-	}
-	if f.Primary && usable && addr == primary {
-		return true
-	}
-	return slices.ContainsFunc(f.Prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
-}
-
 var (
 	loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 	loopback6 = netip.MustParsePrefix("::1/128")

@@ -45,30 +45,3 @@ func TestNodePortAddresses(t *testing.T) {
 		}
 	}
 }
-
-func TestNodePortFilterServes(t *testing.T) {
-	ip := netip.MustParseAddr
-	for _, tc := range []struct {
-		entries []string
-		addr    netip.Addr
-		primary netip.Addr
-		want    bool
-	}{
-		{nil, ip("127.0.0.1"), netip.Addr{}, true},
-		{[]string{"10.0.0.0/8"}, ip("10.1.1.1"), netip.Addr{}, true},
-		{[]string{"10.0.0.0/8"}, ip("127.0.0.1"), netip.Addr{}, false},
-		{[]string{"localhost"}, ip("127.9.9.9"), ip("10.0.0.1"), true},
-		{[]string{"localhost"}, ip("10.0.0.1"), ip("10.0.0.1"), false},
-		{[]string{"primary"}, ip("10.0.0.1"), ip("10.0.0.1"), true},
-		{[]string{"primary"}, ip("10.0.0.2"), ip("10.0.0.1"), false},
-		{[]string{"primary"}, ip("10.0.0.2"), netip.Addr{}, true},
-		{[]string{"primary"}, ip("10.0.0.2"), ip("127.0.0.1"), true},
-		{[]string{"primary", "localhost"}, ip("10.0.0.2"), netip.Addr{}, false},
-		{[]string{"primary", "10.0.0.2/32"}, ip("10.0.0.2"), ip("10.0.0.1"), true},
-	} {
-		var ps problems
-		if got := parseNodePortAddresses(tc.entries, &ps).IPv4.Serves(tc.addr, tc.primary); got != tc.want {
-			t.Errorf("%q: Serves(%s, %s) = %t", tc.entries, tc.addr, tc.primary, got)
-		}
-	}
-}
