@@ -73,6 +73,8 @@ var kernelFiles = []struct{ pattern, why string }{
 	{`^proxier/(iptables|ipvs|nftables)/kernel(_[a-z]+)?\.go$`, "the one file of a proxier that acts"},
 	{`^proxier/(iptables|ipvs|nftables)/cleanup\.go$`, "probes for what other modes left behind"},
 	{`^proxier/internal/xtables/[a-z_]+\.go$`, "runs iptables-restore for iptables and ipvs"},
+	{`^proxier/internal/nlbatch/[a-z_]+\.go$`, "sends netlink requests in batches; it knows no objects"},
+	{`^proxier/internal/ipset/[a-z_]+\.go$`, "ipsets by netlink; it decides nothing"},
 	{`^conntrack/netlink\.go$`, "lists and deletes flows"},
 	{`^conntrack/sysctls?\.go$`, "sets nf_conntrack sysctls"},
 	{`^pkg/node/[a-z_]+\.go$`, "addresses, links and sysctls of the node"},
