@@ -17,6 +17,7 @@ import (
 	"github.com/sluice-proxy/sluice/proxier"
 	"github.com/sluice-proxy/sluice/test/netlab"
 	"github.com/sluice-proxy/sluice/test/scenarios"
+	"github.com/sluice-proxy/sluice/test/uml"
 )
 
 // TestMain gives the iptables programs a lock file of their own: the tests
@@ -42,6 +43,9 @@ func TestScenarios(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, sub := range subjects {
+		if sub.ipvs != uml.Inside() {
+			continue // TestIPVS runs it, on a kernel that has IPVS
+		}
 		t.Run(sub.name, func(t *testing.T) {
 			for _, s := range list {
 				t.Run(s.Name, func(t *testing.T) { runScenario(t, &sub, s) })
@@ -55,11 +59,18 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 	node := lab.Host(scenarios.NodeName)
 	sub.prepare(t, s, node)
 	for _, f := range s.Families() {
-		p, err := sub.new(s, f)
-		if err != nil {
+		var p proxier.Proxier
+		err := node.Do(func() (err error) { // where it opens its sockets
+			p, err = sub.new(s, f)
+			return err
+		})
+		switch {
+		case err != nil && sub.ipvs:
+			t.Fatal(err)
+		case err != nil:
 			t.Skipf("SKIPPED, %s not tested: %v", sub.name, err)
 		}
-		program(t, node, p, s.Set(f))
+		program(t, node, p, s.SetIn(sub.mode, f))
 		t.Cleanup(func() {
 			if err := node.Do(func() error { return p.Cleanup(context.Background()) }); err != nil {
 				t.Errorf("clean up %s: %v", f, err)
@@ -70,6 +81,9 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 	var wg sync.WaitGroup
 	turn := make(chan struct{}, 16) // so many flows at a time
 	for i := range s.Flows {
+		if !s.Flows[i].In(sub.mode) {
+			continue
+		}
 		wg.Go(func() {
 			turn <- struct{}{}
 			problems[i] = dial(t.Context(), lab, s, &s.Flows[i])
@@ -86,6 +100,9 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 		case err != nil:
 			t.Errorf("%s:\n%v", f.Text, err)
 		}
+	}
+	if t.Failed() && sub.ipvs {
+		t.Log(evidence(node))
 	}
 }
 
@@ -104,6 +121,19 @@ func program(t *testing.T, node *netlab.Namespace, p proxier.Proxier, set *plan.
 // build makes the scenario's cluster and starts its endpoints. Each answers
 // with its own address.
 func build(t *testing.T, s *scenarios.Scenario) *netlab.Lab {
+	t.Helper()
+	lab := buildCluster(t, s)
+	for _, l := range s.Cluster.Listeners {
+		if l.Protocol != model.SCTP {
+			serve(t, lab.Host(l.Host), l.At.String(), l.Protocol, l.At)
+		}
+	}
+	serveNowhere(t, lab, s)
+	return lab
+}
+
+// buildCluster makes the scenario's cluster without servers.
+func buildCluster(t *testing.T, s *scenarios.Scenario) *netlab.Lab {
 	t.Helper()
 	var cfg netlab.Config
 	for _, h := range s.Cluster.Hosts {
@@ -132,12 +162,6 @@ func build(t *testing.T, s *scenarios.Scenario) *netlab.Lab {
 	for _, a := range s.Cluster.ServiceAddrs {
 		route(t, lab, a)
 	}
-	for _, l := range s.Cluster.Listeners {
-		if l.Protocol != model.SCTP {
-			serve(t, lab.Host(l.Host), l.At.String(), l.Protocol, l.At)
-		}
-	}
-	serveNowhere(t, lab, s)
 	return lab
 }
 

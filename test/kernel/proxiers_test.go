@@ -16,6 +16,7 @@ import (
 type subject struct {
 	name string
 	mode string // as flows name it
+	ipvs bool   // it needs a kernel with IPVS: see TestIPVS
 
 	// new makes the proxier of one family. An error is the reason why it cannot
 	// run on this machine.
@@ -29,6 +30,7 @@ type subject struct {
 var subjects = []subject{
 	{name: "iptables-nft", mode: "iptables", new: newIPTables("nft"), prepare: prepareIPTables("nft")},
 	{name: "iptables-legacy", mode: "iptables", new: newIPTables("legacy"), prepare: prepareIPTables("legacy")},
+	{name: "ipvs", mode: "ipvs", ipvs: true, new: newIPVS, prepare: prepareIPVS},
 }
 
 func newIPTables(variant string) func(*scenarios.Scenario, model.Family) (proxier.Proxier, error) {
@@ -40,24 +42,31 @@ func newIPTables(variant string) func(*scenarios.Scenario, model.Family) (proxie
 			RandomFully:   true,
 			Detector:      iptables.Detector{CIDR: d.CIDR, BridgeInterface: d.BridgeInterface, InterfacePrefix: d.InterfacePrefix},
 		}
-		program := "iptables-" + variant
-		o.Programs.Variant = "nft"
-		if variant == "legacy" {
-			o.Programs.Variant = "legacy"
-		}
-		if f == model.IPv6 {
-			program = "ip6tables-" + variant
-		}
-		o.Programs.Family = f
-		for suffix, where := range map[string]*[]string{"": &o.Programs.Command, "-restore": &o.Programs.Restore, "-save": &o.Programs.Save} {
-			path, err := exec.LookPath(program + suffix)
-			if err != nil {
-				return nil, fmt.Errorf("%s is not installed", program+suffix)
-			}
-			*where = []string{path}
+		var err error
+		if o.Programs, err = programs(variant, f); err != nil {
+			return nil, err
 		}
 		return iptables.New(o), nil
 	}
+}
+
+func programs(variant string, f model.Family) (iptables.Programs, error) {
+	p := iptables.Programs{Family: f, Variant: "nft"}
+	if variant == "legacy" {
+		p.Variant = "legacy"
+	}
+	program := "iptables-" + variant
+	if f == model.IPv6 {
+		program = "ip6tables-" + variant
+	}
+	for suffix, where := range map[string]*[]string{"": &p.Command, "-restore": &p.Restore, "-save": &p.Save} {
+		path, err := exec.LookPath(program + suffix)
+		if err != nil {
+			return p, fmt.Errorf("%s is not installed", program+suffix)
+		}
+		*where = []string{path}
+	}
+	return p, nil
 }
 
 // prepareIPTables lets packets from 127.0.0.1 be translated, for node ports on

@@ -245,3 +245,41 @@ func Example() {
 	fmt.Println(a.Server, a.Seen.Addr(), err)
 	// Without output here, since it needs privileges; the tests above say more.
 }
+
+// TestOpenConnections: they carry lines until one end closes.
+func TestOpenConnections(t *testing.T) {
+	lab := newLab(t, Default())
+	at := netip.AddrPortFrom(lab.Addr("pod3", true), 80)
+	stop, err := lab.Host("pod3").ServeOpen("three", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := lab.Host("pod1").Open(t.Context(), lab.Addr("pod1", true), at, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := lab.Host("client").Open(t.Context(), netip.Addr{}, at, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop() // takes no more, and keeps what it has
+	for range 3 {
+		for _, c := range []*Conn{first, second} {
+			if err := c.Echo(patience); err != nil || c.Server != "three" {
+				t.Errorf("server %q, %v", c.Server, err)
+			}
+		}
+	}
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := first.Echo(patience); err == nil {
+		t.Error("a closed connection carries lines")
+	}
+	if err := second.Reset(); err != nil {
+		t.Error(err)
+	}
+	if _, err := lab.Host("pod1").Open(t.Context(), netip.Addr{}, at, patience); err == nil {
+		t.Error("a connection to nobody")
+	}
+}

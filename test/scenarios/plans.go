@@ -132,7 +132,7 @@ func (s *Scenario) SetIn(mode string, f model.Family) *plan.Set {
 // store converts all objects, and says what could not be used of them.
 func (s *Scenario) store() (*state.Store, []string) {
 	store := state.NewStore()
-	var c convert.Converter
+	c := convert.Converter{KeepOrigins: true}
 	var notes []string
 	note := func(kind, name string, skip convert.Skip, problems []string) {
 		if skip != "" {

@@ -2,6 +2,7 @@ package uml
 
 import (
 	"bytes"
+	"fmt"
 	"regexp"
 	"strings"
 	"sync"
@@ -62,7 +63,7 @@ func (n *node) play(t *testing.T) (tests int) {
 			tests++
 			t.Run(lastName(e.child.name), func(t *testing.T) { e.child.play(t) })
 		case e.result == "":
-			t.Log(e.line)
+			fmt.Fprintln(t.Output(), e.line)
 		case e.result == "PASS":
 			return tests
 		case e.result == "SKIP":

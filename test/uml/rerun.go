@@ -3,6 +3,7 @@ package uml
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -44,6 +45,9 @@ func Native() bool {
 // such kernel. It is an error if the pattern matches no test, or if a test does
 // not come to its end.
 //
+// Where go test -run names subtests of t ("-run TestX/TestInner/case"), only those
+// are run inside.
+//
 // A kernel of the machine itself that has IPVS is used directly, in namespaces of
 // its own. Otherwise a User-Mode Linux of its own is booted for each call; its
 // one core does best with few processes, and few calls of Rerun.
@@ -63,6 +67,11 @@ func Rerun(t *testing.T, pattern string) {
 func RerunIn(t *testing.T, m Machine, pattern string) {
 	t.Helper()
 	native := Native()
+	if f := flag.Lookup("test.run"); f != nil { // whoever asks for one subtest gets one
+		if rest, ok := strings.CutPrefix(f.Value.String(), t.Name()+"/"); ok {
+			pattern = rest
+		}
+	}
 	if err := Supported(); err != nil && !native {
 		t.Skip("SKIPPED, not tested on a kernel with IPVS: this machine's has none, and ", err)
 	}

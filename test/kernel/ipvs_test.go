@@ -1,0 +1,94 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/node"
+	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/ipvs"
+	"github.com/sluice-proxy/sluice/test/netlab"
+	"github.com/sluice-proxy/sluice/test/scenarios"
+	"github.com/sluice-proxy/sluice/test/uml"
+)
+
+// TestIPVS runs what needs a kernel with IPVS on one: every scenario with the
+// ipvs proxier, and the tests of what only that can do. All in one go, for a
+// kernel that boots takes seconds.
+func TestIPVS(t *testing.T) {
+	uml.Rerun(t, "^(TestScenarios|TestSchedulers)$")
+}
+
+// inside skips a test where TestIPVS has not started it.
+func inside(t *testing.T) {
+	t.Helper()
+	if !uml.Inside() {
+		t.Skip("run by TestIPVS, on a kernel with IPVS")
+	}
+}
+
+func ipvsOptions(s *scenarios.Scenario, f model.Family) (ipvs.Options, error) {
+	p, err := programs("legacy", f)
+	return ipvs.Options{
+		Family:        f,
+		Programs:      p,
+		MasqueradeBit: 14,
+		RandomFully:   true,
+		Detector:      proxier.Detector(s.Detector(f)),
+		Schedulers:    scenarios.Schedulers,
+		Inside:        true,
+	}, err
+}
+
+func newIPVS(s *scenarios.Scenario, f model.Family) (proxier.Proxier, error) {
+	o, err := ipvsOptions(s, f)
+	if err != nil {
+		return nil, err
+	}
+	return ipvs.New(o)
+}
+
+// prepareIPVS sets the sysctls that the agent sets in ipvs mode, and the policy
+// of FORWARD.
+func prepareIPVS(t *testing.T, s *scenarios.Scenario, on *netlab.Namespace) {
+	t.Helper()
+	err := on.Do(func() error {
+		var sys node.System
+		version, err := sys.KernelVersion()
+		if err != nil {
+			return err
+		}
+		settings := node.Network{IPVS: true, Kernel: version}
+		return errors.Join(sys.Apply(node.NetworkSysctls(settings, sys.ReadInt))...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Settings.ForwardPolicy == "" {
+		return
+	}
+	for _, program := range []string{"iptables-legacy", "ip6tables-legacy"} {
+		if _, err := on.Run(t.Context(), program, "-w", "-P", "FORWARD", s.Settings.ForwardPolicy); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// evidence is what a node's kernel has, as independent programs print it.
+func evidence(on *netlab.Namespace) string {
+	var b strings.Builder
+	for _, argv := range [][]string{
+		{"ipvsadm", "-Ln"}, {"ipvsadm", "-Lnc"}, {"ipset", "list"}, {"iptables-save", "-c"}, {"ip6tables-save", "-c"}, {"ip", "addr"},
+	} {
+		out, err := on.Run(context.Background(), argv[0], argv[1:]...)
+		fmt.Fprintf(&b, "$ %s\n%s", strings.Join(argv, " "), out)
+		if err != nil {
+			fmt.Fprintln(&b, err)
+		}
+	}
+	return b.String()
+}
