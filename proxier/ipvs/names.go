@@ -81,11 +81,12 @@ var setSpecs = [setCount]setSpec{
 // kube-proxy has one more set; it is removed with the others.
 const setLoadBalancerSourceIP = "KUBE-LOAD-BALANCER-SOURCE-IP"
 
-// nameFor gives a set's name: IPv6 ones are KUBE-6-... At most 31 characters, the
-// kernel's limit (IPSET_MAXNAMELEN less the NUL).
+// nameFor gives a set's name: IPv6 ones are KUBE-6-..., cut off at 31 characters,
+// the kernel's limit (IPSET_MAXNAMELEN less the NUL), as kube-proxy does it.
 func nameFor(name string, f model.Family) string {
 	if f == model.IPv6 {
-		return "KUBE-6-" + name[len("KUBE-"):]
+		name = "KUBE-6-" + name[len("KUBE-"):]
+		return name[:min(len(name), 31)]
 	}
 	return name
 }

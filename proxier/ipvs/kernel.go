@@ -1,0 +1,504 @@
+package ipvs
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/proxier/internal/ipset"
+	"github.com/sluice-proxy/sluice/proxier/internal/nlbatch"
+	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+)
+
+// nlKernel is the real kernel: netlink for virtual servers, addresses and sets,
+// the iptables programs for the static rules. Its connections belong to the
+// network namespace in which it was made.
+type nlKernel struct {
+	family model.Family
+	run    xtables.Runner
+	sets   *ipset.Conn
+	route  *nlbatch.Conn
+	genl   *nlbatch.Conn
+
+	mu    sync.Mutex
+	id    uint16 // IPVS's generic netlink family; 0: not looked up yet
+	rules ruleMemory
+}
+
+var _ kernel = (*nlKernel)(nil)
+
+// tables are those that hold static rules.
+var tables = []string{tableNAT, tableFilter, tableMangle}
+
+// newKernel opens the ways to the kernel. Whether it has IPVS is found out when
+// that is used first.
+func newKernel(family model.Family, p xtables.Programs, stats xtables.Stats) (*nlKernel, error) {
+	k := &nlKernel{family: family, run: xtables.Runner{Programs: p, Stats: stats}}
+	var err error
+	if k.sets, err = ipset.Open(); err != nil {
+		return nil, err
+	}
+	if k.route, err = nlbatch.Open(unix.NETLINK_ROUTE); err != nil {
+		k.close()
+		return nil, err
+	}
+	if k.genl, err = nlbatch.Open(unix.NETLINK_GENERIC); err != nil {
+		k.close()
+		return nil, err
+	}
+	return k, nil
+}
+
+func (k *nlKernel) close() {
+	if k.sets != nil {
+		_ = k.sets.Close()
+	}
+	if k.route != nil {
+		_ = k.route.Close()
+	}
+	if k.genl != nil {
+		_ = k.genl.Close()
+	}
+}
+
+// prepare has the sets first: rules name them.
+func (k *nlKernel) prepare(ctx context.Context, want static) (repairs, error) {
+	var fixed repairs
+	if err := k.prepareSets(ctx, &fixed); err != nil {
+		return fixed, err
+	}
+	index, err := k.deviceIndex(ctx)
+	if err != nil {
+		return fixed, err
+	}
+	if index == 0 {
+		if err := k.makeDevice(ctx, device); err != nil {
+			return fixed, err
+		}
+		fixed.devices++
+	}
+	have, err := k.readRules(ctx)
+	if err != nil {
+		return fixed, err
+	}
+	ch := k.rules.compare(have, want)
+	fixed.chains, fixed.jumps = len(ch.put), len(ch.jumps)
+	if ch.nothing() {
+		return fixed, nil
+	}
+	if err := k.run.Restore(ctx, func(w *bufio.Writer) { ch.write(w) }); err != nil {
+		return fixed, fmt.Errorf("write static rules: %w", err)
+	}
+	k.rules.wrote(ch)
+	return fixed, nil
+}
+
+func (k *nlKernel) prepareSets(ctx context.Context, fixed *repairs) error {
+	have, err := k.sets.Headers(ctx)
+	if err != nil {
+		return err
+	}
+	for id := range setCount {
+		spec := k.spec(id)
+		_, exists := have[spec.Name]
+		if err := k.sets.Create(ctx, spec); err != nil {
+			return err
+		}
+		if !exists {
+			fixed.sets++
+		}
+	}
+	return nil
+}
+
+func (k *nlKernel) spec(id setID) ipset.Spec {
+	s := &setSpecs[id]
+	return ipset.Spec{Name: id.name(k.family), Type: ipset.Type(s.typ), IPv6: k.family == model.IPv6, Marks: s.skbinfo}
+}
+
+// chainRef names a chain.
+type chainRef struct{ table, name string }
+
+// readRules lists the tables: each chain with its rules.
+func (k *nlKernel) readRules(ctx context.Context) (map[chainRef][]string, error) {
+	have := map[chainRef][]string{}
+	for _, table := range tables {
+		err := k.run.Save(ctx, table, func(c xtables.Chain) {
+			have[chainRef{table, c.Name}] = []string{}
+		}, func(name, text []byte) {
+			r := chainRef{table, string(name)}
+			have[r] = append(have[r], string(text))
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return have, nil
+}
+
+// ruleMemory knows how the programs print what we wrote, where that is not what
+// we wrote.
+type ruleMemory struct {
+	printed map[string]string // what we want: what is printed for it
+	written map[string]bool   // written, and not yet seen printed
+}
+
+// rulesChange is what a restore does.
+type rulesChange struct {
+	put   []rules
+	jumps []jump
+	empty []chainRef // ours, of another time
+	del   []chainRef
+	drop  map[chainRef][]string // rules to delete from chains that stay
+}
+
+func (c *rulesChange) nothing() bool {
+	return len(c.put)+len(c.jumps)+len(c.empty)+len(c.del)+len(c.drop) == 0
+}
+
+func (r rules) ref() chainRef { return chainRef{r.table, r.chain} }
+
+func (r rules) text() string {
+	return r.table + " " + r.chain + "\n" + strings.Join(r.content, "\n")
+}
+
+func (j jump) key() string { return j.table + " " + j.from + " " + j.text }
+
+// compare decides what must be written.
+func (m *ruleMemory) compare(have map[chainRef][]string, want static) *rulesChange {
+	ch := &rulesChange{}
+	wanted := map[chainRef]bool{}
+	for _, r := range want.chains {
+		wanted[r.ref()] = true
+		got, ok := have[r.ref()]
+		if !ok || !m.same(r, got) {
+			ch.put = append(ch.put, r)
+		}
+	}
+	for _, j := range want.jumps {
+		if !m.jumps(j, have[chainRef{j.table, j.from}]) {
+			ch.jumps = append(ch.jumps, j)
+		}
+	}
+	for _, c := range ownChains {
+		if len(have[c]) > 0 && !wanted[c] {
+			ch.empty = append(ch.empty, c)
+		}
+	}
+	return ch
+}
+
+// same tells whether a chain's content is what is wanted. What is printed in
+// another form for a chain that was just written is learnt.
+func (m *ruleMemory) same(want rules, got []string) bool {
+	if slices.Equal(want.content, got) {
+		return true
+	}
+	key, printed := want.text(), strings.Join(got, "\n")
+	if m.written[key] && len(got) == len(want.content) {
+		delete(m.written, key)
+		m.learn(key, printed)
+	}
+	p, ok := m.printed[key]
+	return ok && p == printed
+}
+
+func (m *ruleMemory) jumps(want jump, got []string) bool {
+	if slices.Contains(got, want.text) {
+		return true
+	}
+	key := want.key()
+	if m.written[key] {
+		to := target(want.text)
+		for _, text := range got {
+			if target(text) == to {
+				delete(m.written, key)
+				m.learn(key, text)
+				break
+			}
+		}
+	}
+	p, ok := m.printed[key]
+	return ok && slices.Contains(got, p)
+}
+
+func (m *ruleMemory) learn(want, printed string) {
+	if m.printed == nil {
+		m.printed = map[string]string{}
+	}
+	m.printed[want] = printed
+}
+
+func (m *ruleMemory) wrote(ch *rulesChange) {
+	if m.written == nil {
+		m.written = map[string]bool{}
+	}
+	for _, r := range ch.put {
+		if _, known := m.printed[r.text()]; !known {
+			m.written[r.text()] = true
+		}
+	}
+	for _, j := range ch.jumps {
+		if _, known := m.printed[j.key()]; !known {
+			m.written[j.key()] = true
+		}
+	}
+}
+
+// target is where a rule leads.
+func target(text string) string {
+	_, after, _ := strings.Cut(text, "-j ")
+	to, _, _ := strings.Cut(after, " ")
+	return to
+}
+
+// write writes a transaction per table. Chains are declared, and thereby
+// emptied, before any rule is written and any chain deleted: they refer to each
+// other.
+func (c *rulesChange) write(w *bufio.Writer) {
+	for _, table := range []string{tableFilter, tableMangle, tableNAT} {
+		var t bytes.Buffer
+		c.writeTable(&t, table)
+		if t.Len() > 0 {
+			_, _ = fmt.Fprintf(w, "*%s\n%sCOMMIT\n", table, t.Bytes())
+		}
+	}
+}
+
+func (c *rulesChange) writeTable(w *bytes.Buffer, table string) {
+	for from, list := range c.drop {
+		for _, text := range list {
+			if from.table == table {
+				fmt.Fprintf(w, "-D %s %s\n", from.name, text)
+			}
+		}
+	}
+	// A chain of the same name as one with rules may be declared again only before
+	// those: declare everything first.
+	for _, r := range c.put {
+		if r.table == table {
+			fmt.Fprintf(w, ":%s - [0:0]\n", r.chain)
+		}
+	}
+	for _, ref := range slices.Concat(c.empty, c.del) {
+		if ref.table == table {
+			fmt.Fprintf(w, ":%s - [0:0]\n", ref.name)
+		}
+	}
+	for _, r := range c.put {
+		for _, text := range r.content {
+			if r.table == table {
+				fmt.Fprintf(w, "-A %s %s\n", r.chain, text)
+			}
+		}
+	}
+	for _, j := range c.jumps {
+		if j.table == table {
+			fmt.Fprintf(w, "-I %s 1 %s\n", j.from, j.text)
+		}
+	}
+	for _, ref := range c.del {
+		if ref.table == table {
+			fmt.Fprintf(w, "-X %s\n", ref.name)
+		}
+	}
+}
+
+// ownChains are those that ipvs mode alone has, kube-proxy's included.
+var ownChains = []chainRef{
+	{tableNAT, chainLoadBalancer}, {tableNAT, chainNodePort}, {tableNAT, chainInside},
+	{tableFilter, chainNodePort}, {tableFilter, chainSourceRanges}, {tableFilter, chainIPVSFilter}, {tableFilter, chainIPVSOut},
+	{tableMangle, chainSourceRanges}, {tableMangle, chainIPVSOut}, {tableMangle, chainInside},
+}
+
+// sharedChains are those that iptables mode has by the same name.
+var sharedChains = []chainRef{
+	{tableNAT, chainServices}, {tableNAT, chainPostrouting}, {tableNAT, chainMarkMasq},
+	{tableFilter, chainForward}, {tableFilter, chainProxyFirewall},
+}
+
+func (k *nlKernel) clear(ctx context.Context, shared bool) error {
+	have, err := k.readRules(ctx)
+	if err != nil {
+		return err
+	}
+	doomed := slices.Clone(ownChains)
+	if !shared {
+		doomed = append(doomed, sharedChains...)
+	}
+	var errs []error
+	if ch := removal(have, doomed); !ch.nothing() {
+		if err := k.run.Restore(ctx, func(w *bufio.Writer) { ch.write(w) }); err != nil {
+			errs = append(errs, fmt.Errorf("remove static rules: %w", err))
+		}
+	}
+	k.rules = ruleMemory{}
+	names := []string{nameFor(setLoadBalancerSourceIP, k.family)}
+	for id := range setCount {
+		names = append(names, id.name(k.family))
+	}
+	for _, name := range names {
+		errs = append(errs, k.sets.Destroy(ctx, name))
+	}
+	return errors.Join(append(errs, k.removeDevice(ctx))...)
+}
+
+// removal deletes chains and the rules of other chains that lead to them. Rules
+// of chains that are neither ours nor built in are somebody else's: a chain that
+// they lead to is emptied and stays.
+func removal(have map[chainRef][]string, doomed []chainRef) *rulesChange {
+	ch := &rulesChange{drop: map[chainRef][]string{}}
+	gone := map[chainRef]bool{}
+	for _, d := range doomed {
+		if _, ok := have[d]; ok {
+			gone[d] = true
+		}
+	}
+	held := map[chainRef]bool{}
+	for from, list := range have {
+		for _, text := range list {
+			to := chainRef{from.table, target(text)}
+			switch {
+			case !gone[to] || gone[from]:
+			case builtin[from.name]:
+				ch.drop[from] = append(ch.drop[from], text)
+			default:
+				held[to] = true
+			}
+		}
+	}
+	for d := range gone {
+		if held[d] {
+			ch.empty = append(ch.empty, d)
+		} else {
+			ch.del = append(ch.del, d)
+		}
+	}
+	return ch
+}
+
+var builtin = map[string]bool{"PREROUTING": true, "INPUT": true, "FORWARD": true, "OUTPUT": true, "POSTROUTING": true}
+
+func (k *nlKernel) token(ctx context.Context) (token, error) {
+	var t token
+	t.tables, _ = k.run.Token(tables...)
+	have, err := k.sets.Headers(ctx)
+	if err != nil {
+		return t, err
+	}
+	for id := range setCount {
+		t.elements[id] = ^uint32(0)
+		if h, ok := have[id.name(k.family)]; ok {
+			t.elements[id] = h.Elements
+		}
+	}
+	index, err := k.deviceIndex(ctx)
+	t.device = index != 0
+	return t, err
+}
+
+func (k *nlKernel) read(ctx context.Context) (*actual, error) {
+	a := &actual{}
+	var err error
+	if a.servers, err = k.readServers(ctx); err != nil {
+		return nil, err
+	}
+	if err := k.readSets(ctx, a); err != nil {
+		return nil, err
+	}
+	a.addrs, err = k.readAddrs(ctx)
+	return a, err
+}
+
+func (k *nlKernel) readSets(ctx context.Context, a *actual) error {
+	headers, err := k.sets.Headers(ctx)
+	if err != nil {
+		return err
+	}
+	for id := range setCount {
+		h, ok := headers[id.name(k.family)]
+		if !ok {
+			continue
+		}
+		a.sets[id] = map[entry]bool{}
+		if h.Elements == 0 && h.Type != ipset.BitmapPort { // whose count old kernels do not tell
+			continue
+		}
+		list, err := k.sets.List(ctx, h.Name)
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return err
+		}
+		for _, n := range list {
+			a.sets[id][entry{n.Addr, model.Protocol(n.Protocol), n.Port, n.With, n.Mark}] = true
+		}
+	}
+	return nil
+}
+
+// change is an entry op as the ipset package wants it.
+func (k *nlKernel) change(o *op) ipset.Change {
+	n := &o.entry
+	return ipset.Change{Set: o.set.name(k.family), Type: ipset.Type(setSpecs[o.set].typ), Del: o.kind == delEntry,
+		Entry: ipset.Entry{Addr: n.addr, Protocol: uint8(n.protocol), Port: n.port, With: n.with, Mark: n.mark, Mask: maskOf(n.mark)}}
+}
+
+// maskOf gives the bits that a mark of ours is about, shifted or not.
+func maskOf(mark uint32) uint32 {
+	if mark > insideMask {
+		return insideMask << 15
+	}
+	return insideMask
+}
+
+// layer is which part of the kernel an op is for. Ops of one go together.
+func (o opKind) layer() int {
+	switch o {
+	case addEntry, delEntry:
+		return 0
+	case addAddr, delAddr:
+		return 1
+	}
+	return 2
+}
+
+func (k *nlKernel) apply(ctx context.Context, ops []op) ([]failure, error) {
+	var failures []failure
+	for len(ops) > 0 {
+		n := 1
+		for n < len(ops) && ops[n].kind.layer() == ops[0].kind.layer() {
+			n++
+		}
+		var refused map[int]error
+		var err error
+		switch run := ops[:n]; run[0].kind.layer() {
+		case 0:
+			refused, err = k.sets.Apply(ctx, n, func(i int) ipset.Change { return k.change(&run[i]) })
+		case 1:
+			refused, err = k.applyAddrs(ctx, run)
+		default:
+			refused, err = k.applyServers(ctx, run)
+		}
+		for i := range n {
+			if why := refused[i]; why != nil {
+				failures = append(failures, failure{ops[i], why})
+			}
+		}
+		if err != nil {
+			return failures, fmt.Errorf("change the kernel's tables: %w", err)
+		}
+		ops = ops[n:]
+	}
+	return failures, nil
+}
+
+// address is an address's bytes as netlink has them.
+func address(a netip.Addr) []byte { return a.Unmap().AsSlice() }
