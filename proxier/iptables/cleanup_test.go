@@ -59,7 +59,7 @@ func TestKernelRemoveObjects(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, first := range []bool{true, false} {
-				did, err := remove(ctx, run, notShared)
+				did, err := run.Remove(ctx, notShared)
 				if did != first || err != nil {
 					t.Fatalf("removed %v, want %v; error %v", did, first, err)
 				}

@@ -98,7 +98,7 @@ func (f *fakeKernel) applied(table string, list []tableChain, ch *change) (map[s
 			if f.refuse != nil && f.refuse(r) {
 				return nil, fmt.Errorf("refused: %s", r)
 			}
-			if to := jumpTarget(r); strings.HasPrefix(to, "KUBE-") {
+			if to := xtables.JumpTarget(r); strings.HasPrefix(to, "KUBE-") {
 				if _, ok := next[to]; !ok {
 					return nil, fmt.Errorf("BUG: %s %s jumps to a chain that is not there: %s", table, c.name, r)
 				}
@@ -144,7 +144,7 @@ func (f *fakeKernel) applied(table string, list []tableChain, ch *change) (map[s
 	}
 	for name, rules := range next {
 		for _, r := range rules {
-			if gone[jumpTarget(r)] {
+			if gone[xtables.JumpTarget(r)] {
 				return nil, fmt.Errorf("BUG: a deleted chain is jumped to: %s %s %s", table, name, r)
 			}
 		}

@@ -109,7 +109,7 @@ func (k *xtKernel) read(ctx context.Context) (*actual, error) {
 			if rules := a.rules[tableRef{table, string(name)}]; rules != nil {
 				rules[rule] = true
 			}
-			if to := jumpTarget(rule); ours(table, to) {
+			if to := xtables.JumpTarget(rule); ours(table, to) {
 				a.held[tableRef{table, to}] = true
 			}
 		})
@@ -264,7 +264,7 @@ func (k *xtKernel) try(ctx context.Context, list []tableChain) error {
 		put = append(put, tableChain{table, chain{chainTrial, rules}})
 		del = append(del, tableRef{table, chainTrial})
 		for _, r := range rules {
-			if to := jumpTarget(r); isObjectChain(to) || to == chainMarkMasq {
+			if to := xtables.JumpTarget(r); isObjectChain(to) || to == chainMarkMasq {
 				targets[tableRef{table, to}] = true
 			}
 		}

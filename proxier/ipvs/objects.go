@@ -137,4 +137,7 @@ type kernel interface {
 	// the result.
 	lookup(ctx context.Context, keys []serverKey) (map[serverKey]*liveServer, error)
 	token(ctx context.Context) (token, error)
+	// clear removes the static rules, then the sets, and kube-ipvs0 if it holds no
+	// address. With shared, chains that iptables mode has by the same name stay.
+	clear(ctx context.Context, shared bool) error
 }

@@ -20,7 +20,7 @@ type World struct {
 	Family   model.Family
 	Names    int // Services there can be
 	Planner  *plan.Planner
-	Services map[string]*model.Service // by name, all in namespace ns
+	Services map[string]*model.Service // by name
 	Slices   map[string]*model.Slice   // by name: two for each Service
 	Facts    plan.Facts
 }
@@ -52,11 +52,8 @@ func (w *World) chance(n int) bool { return w.Rand.IntN(n) == 0 }
 // Service gives a random Service.
 func (w *World) Service(name string) *model.Service {
 	id := int(sum(name) % 5000)
-	s := &model.Service{ServiceName: model.ServiceName{Namespace: "ns", Name: name}, Created: time.Unix(int64(id%7), 0),
+	s := &model.Service{ServiceName: serviceName(name), Created: time.Unix(int64(id%7), 0),
 		ClusterIPs: []netip.Addr{w.Addr(10, id)}}
-	if w.chance(12) {
-		s.Namespace = "kube-system"
-	}
 	if w.chance(4) {
 		s.Affinity = time.Duration(1+w.Rand.IntN(3)) * time.Hour
 	}
@@ -107,6 +104,14 @@ func (w *World) Slice(svc string, i int) *model.Slice {
 	return sl
 }
 
+// serviceName puts one Service in twelve among the important ones.
+func serviceName(name string) model.ServiceName {
+	if sum(name)%12 == 0 {
+		return model.ServiceName{Namespace: "kube-system", Name: name}
+	}
+	return model.ServiceName{Namespace: "ns", Name: name}
+}
+
 func sum(s string) uint32 {
 	h := uint32(17)
 	for _, c := range s {
@@ -154,7 +159,7 @@ func (w *World) Update(name string) {
 			list = append(list, sl)
 		}
 	}
-	w.Planner.Update(model.ServiceName{Namespace: "ns", Name: name}, w.Services[name], list)
+	w.Planner.Update(serviceName(name), w.Services[name], list)
 }
 
 // Set is what the node must do now.

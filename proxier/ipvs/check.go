@@ -1,0 +1,104 @@
+package ipvs
+
+import (
+	"context"
+	"maps"
+	"slices"
+)
+
+// patrol goes round the virtual servers and compares them with what they should
+// be, a few at each check: the kernel has no notion of "something changed".
+type patrol struct {
+	left []serverKey
+}
+
+const (
+	// patrolChecks is in how many checks every virtual server is looked at.
+	patrolChecks = 60
+	patrolLeast  = 20
+)
+
+// Check ends what is drained, and looks for changes made by others: at the sizes
+// of the sets, at the tables' token, and at a part of the virtual servers each
+// time. If something is not as it was left, everything is read and repaired.
+// With force it is in any case. It says whether it looked at everything. It does
+// nothing before the first Sync.
+func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
+	if x.applied == nil {
+		return false, nil
+	}
+	if err := x.drain(ctx); err != nil {
+		return false, err
+	}
+	if !force {
+		right, err := x.looksRight(ctx)
+		if err != nil || right {
+			return false, err
+		}
+	}
+	return true, x.syncAll(ctx, x.applied, nil)
+}
+
+func (x *Proxier) looksRight(ctx context.Context) (bool, error) {
+	now, err := x.kernel.token(ctx)
+	if err != nil {
+		return false, err
+	}
+	if now.elements != x.ledger.elements || !now.device {
+		return false, nil
+	}
+	if now.tables != x.token.tables {
+		// Somebody wrote to the tables, mostly to their own part of them.
+		fixed, err := x.kernel.prepare(ctx, base(&x.o, x.applied.Facts))
+		if err != nil {
+			return false, err
+		}
+		x.reportRepairs(tally{}, fixed)
+		if x.token, err = x.kernel.token(ctx); err != nil {
+			return false, err
+		}
+	}
+	return x.patrolRight(ctx)
+}
+
+func (x *Proxier) patrolRight(ctx context.Context) (bool, error) {
+	if len(x.patrol.left) == 0 {
+		x.patrol.left = slices.Collect(maps.Keys(x.ledger.claims))
+	}
+	n := min(len(x.patrol.left), max(patrolLeast, len(x.ledger.claims)/patrolChecks+1))
+	keys := x.patrol.left[:n]
+	x.patrol.left = x.patrol.left[n:]
+	keys = slices.DeleteFunc(slices.Clone(keys), func(k serverKey) bool { return x.ledger.winner(k) == nil })
+	live, err := x.kernel.lookup(ctx, keys)
+	if err != nil {
+		return false, err
+	}
+	c := x.compiler(x.applied.Facts)
+	for _, k := range keys {
+		p := x.ledger.winner(k)
+		if want := x.own(c.compile(p, x.heldMark(c, p))).server(k); want == nil || !x.matches(live[k], want) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// matches says whether a live virtual server is as it should be, with nothing
+// but what is drained besides.
+func (x *Proxier) matches(live *liveServer, want *server) bool {
+	if live == nil || live.settings != want.settings {
+		return false
+	}
+	for _, d := range want.destinations {
+		if have, ok := live.destinations[d.at]; !ok || have.weight != d.weight || have.foreign {
+			return false
+		}
+	}
+	leaving := 0
+	for at := range x.drains[want.serverKey] {
+		if have, ok := live.destinations[at]; ok && have.weight == 0 {
+			leaving++
+		}
+	}
+	return len(live.destinations) == len(want.destinations)+leaving
+}

@@ -1,0 +1,112 @@
+package ipvs
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/plan"
+)
+
+// ours says whether a virtual server was written by us or by kube-proxy: it is in
+// one of the sets, or its mark has our signature. IPVS itself keeps no note of
+// who wrote what. Elements are written before the virtual servers that they
+// vouch for and removed after them, so that this holds whenever a process ends.
+func (x *Proxier) ours(k serverKey, have *actual) bool {
+	if k.mark != 0 {
+		shift := insideShift(x.o.MasqueradeBit)
+		return ourMark(k.mark>>shift) && k.mark>>shift<<shift == k.mark
+	}
+	if have.vouched(k) {
+		return true
+	}
+	if have.flushed() {
+		return have.addrs[k.addr]
+	}
+	return len(have.sets[setNodePortServers]) == 0 && have.kubeProxyNodePort(k)
+}
+
+// vouchers are the sets that hold virtual servers by address, protocol and port.
+var vouchers = []setID{setClusterIP, setExternalIP, setExternalIPLocal, setLoadBalancer, setNodePortServers, setNodePortSCTP, setNodePortLocalSCTP}
+
+func (a *actual) vouched(k serverKey) bool {
+	e := entry{addr: k.addr, protocol: k.protocol, port: k.port}
+	return slices.ContainsFunc(vouchers, func(id setID) bool { return a.sets[id][e] })
+}
+
+// flushed says that our sets are there, and somebody emptied them.
+func (a *actual) flushed() bool {
+	for id, set := range a.sets {
+		if len(set) > 0 || set == nil && setID(id) == setIPs {
+			return false
+		}
+	}
+	return true
+}
+
+// ourAddr says whether an address on kube-ipvs0 was put there by us or by
+// kube-proxy. One that is older than the set of addresses has them in others; if
+// somebody flushed the sets, those with virtual servers are ours.
+func (a *actual) ourAddr(addr netip.Addr) bool {
+	if a.sets[setIPs][entry{addr: addr}] {
+		return true
+	}
+	old, flushed := len(a.sets[setIPs]) == 0, a.flushed()
+	for k := range a.servers {
+		if k.addr == addr && (flushed || old && a.vouched(k)) {
+			return true
+		}
+	}
+	return false
+}
+
+// kubeProxyNodePort says whether a virtual server can be one that kube-proxy
+// wrote for a NodePort: it notes the port only.
+func (a *actual) kubeProxyNodePort(k serverKey) bool {
+	ports := map[model.Protocol]setID{model.TCP: setNodePortTCP, model.UDP: setNodePortUDP}
+	id, ok := ports[k.protocol]
+	return ok && !k.addr.IsLoopback() && a.sets[id][entry{port: k.port}]
+}
+
+// subsetOf says whether a live virtual server leads to nothing but what is
+// wanted: nobody but us, or kube-proxy, makes such a one.
+func (l *liveServer) subsetOf(s *server) bool {
+	for at, d := range l.destinations {
+		if d.foreign || !slices.ContainsFunc(s.destinations, func(w destination) bool { return w.at == at }) {
+			return false
+		}
+	}
+	return len(l.destinations) > 0
+}
+
+// avoid leaves a virtual server alone that a plan wants and somebody else has.
+func (x *Proxier) avoid(k serverKey, p *plan.Plan) {
+	x.foreign[k] = p.PortKey
+	x.tell(p.PortKey, fmt.Errorf("the virtual server %s belongs to somebody else and is left alone; everything else of this port is served", k))
+}
+
+// concede forgets which virtual servers of others a plan wanted, but for those
+// that the plan in its place wants, too.
+func (x *Proxier) concede(c compiler, old, new *plan.Plan) {
+	for k, key := range x.foreign {
+		if key == old.PortKey && (new == nil || c.compile(new, x.heldMark(c, new)).server(k) == nil) {
+			delete(x.foreign, k)
+		}
+	}
+}
+
+// own leaves out of a ruleset what is about virtual servers of others: their
+// elements would make them ours for the next start.
+func (x *Proxier) own(rs ruleset) ruleset {
+	if len(x.foreign) == 0 {
+		return rs
+	}
+	foreign := func(e entry) bool {
+		_, is := x.foreign[serverKey{addr: e.addr, port: e.port, protocol: e.protocol}]
+		return is
+	}
+	rs.servers = slices.DeleteFunc(rs.servers, func(s server) bool { _, is := x.foreign[s.serverKey]; return is })
+	rs.entries = slices.DeleteFunc(rs.entries, func(e placed) bool { return e.set != setLoopBack && foreign(e.entry) })
+	return rs
+}

@@ -1,0 +1,289 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
+)
+
+// Options are a proxier's settings. They do not change in its life.
+type Options struct {
+	Family        model.Family
+	Programs      xtables.Programs
+	MasqueradeBit int              // bit of the packet mark, 0 to 31
+	Detector      proxier.Detector // must agree with Facts.DetectLocal
+	RandomFully   bool             // MASQUERADE --random-fully; iptables >= 1.6.2
+	Scheduler     string           // of Services that name none; "": rr
+	Schedulers    []string         // what the kernel offers
+	// Inside says that the kernel can map a frontend to a packet mark (ipset
+	// skbinfo, xtables SET --map-mark; Linux >= 3.18). Without it node and pods
+	// get only this node's endpoints of a Service with externalTrafficPolicy Local.
+	Inside bool
+	// Exclude are addresses of virtual servers that are never deleted, whoever
+	// wrote them (ipvs.excludeCIDRs).
+	Exclude []netip.Prefix
+	// Drain gives how long a removed endpoint may keep its connections, once it
+	// is not even terminating any more. 0: until they end.
+	Drain func() time.Duration
+
+	Report proxier.Reporter // may be nil
+	Stats  xtables.Stats
+}
+
+// A Service of which the kernel refused something is tried again, unchanged,
+// after retryAside, then after twice that, and so on.
+const (
+	retryAside     = time.Minute
+	retryAsideMost = time.Hour
+)
+
+// DefaultScheduler is the scheduler if none is configured, as in kube-proxy.
+const DefaultScheduler = "rr"
+
+// Proxier is the ipvs proxier of one family.
+type Proxier struct {
+	o      Options
+	kernel kernel
+	now    func() time.Time
+
+	// What the kernel is believed to have; nil applied means that nothing is
+	// known and must be read first.
+	applied *plan.Set
+	ledger  ledger
+	drains  drains
+	token   token
+
+	aside   map[model.PortKey]aside
+	told    map[model.PortKey]bool      // reports that have not been taken back
+	foreign map[serverKey]model.PortKey // virtual servers that somebody else has, and the port that wants them
+
+	written bool // this process has written: what it finds changed is drift
+	patrol  patrol
+
+	draining atomic.Pointer[[]Draining] // for other goroutines
+}
+
+// aside is a plan that the kernel refused.
+type aside struct {
+	plan  *plan.Plan
+	since time.Time
+	wait  time.Duration
+}
+
+var _ proxier.Proxier = (*Proxier)(nil)
+
+// New returns a proxier. It touches nothing until Sync. It fails if the family's
+// kernel interfaces cannot be opened.
+func New(o Options) (*Proxier, error) {
+	k, err := newKernel(o.Family, o.Programs, o.Stats)
+	if err != nil {
+		return nil, err
+	}
+	return newProxier(o, k), nil
+}
+
+func newProxier(o Options, k kernel) *Proxier {
+	if o.Report == nil {
+		o.Report = silent{}
+	}
+	if o.Drain == nil {
+		o.Drain = func() time.Duration { return 0 }
+	}
+	if o.Scheduler == "" {
+		o.Scheduler = DefaultScheduler
+	}
+	return &Proxier{o: o, kernel: k, now: time.Now, ledger: newLedger(), drains: drains{},
+		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
+}
+
+type silent struct{}
+
+func (silent) SetAside(model.PortKey, error) {}
+func (silent) DriftRepaired(string, int)     {}
+
+func (x *Proxier) compiler(facts *plan.Facts) compiler {
+	return compiler{facts: facts, scheduler: x.o.Scheduler, maglev: slices.Contains(x.o.Schedulers, "mh"), inside: x.o.Inside}
+}
+
+// Forget drops what is believed about the kernel. The next Sync reads it.
+func (x *Proxier) Forget() {
+	x.applied = nil
+	x.written = false
+}
+
+// Sync makes the kernel's state equal to want. See proxier.Proxier.
+func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
+	before := len(x.aside) + len(x.foreign)
+	err := x.sync(ctx, want)
+	if err == nil && before > 0 {
+		x.takeBack()
+	}
+	x.publishDraining()
+	return err
+}
+
+func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
+	if x.applied != nil {
+		err := x.syncChanges(ctx, want)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		// Part of the change may be in force: start over from what is there.
+		x.Forget()
+	}
+	return x.syncAll(ctx, want, nil)
+}
+
+// takeBack reports refusals that do not hold any more.
+func (x *Proxier) takeBack() {
+	held := map[model.PortKey]bool{}
+	for _, key := range x.foreign {
+		held[key] = true
+	}
+	for key := range x.told {
+		if _, still := x.aside[key]; !still && !held[key] {
+			delete(x.told, key)
+			x.o.Report.SetAside(key, nil)
+		}
+	}
+}
+
+func (x *Proxier) tell(key model.PortKey, err error) {
+	x.told[key] = true
+	x.o.Report.SetAside(key, err)
+}
+
+// keep leaves out plans that were set aside and are not due again.
+func (x *Proxier) keep(p *plan.Plan) bool {
+	a, ok := x.aside[p.PortKey]
+	return !ok || a.plan != p
+}
+
+// syncChanges writes the difference between the last applied Set and want.
+func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
+	r := x.newRound(x.compiler(x.applied.Facts), x.compiler(want.Facts))
+	if x.applied.Facts != want.Facts {
+		// Facts changed: every plan may compile to something else.
+		for p := range x.applied.All {
+			if want.Get(p.PortKey) == nil {
+				r.step(p, nil)
+			}
+		}
+		for p := range want.All {
+			r.step(x.applied.Get(p.PortKey), p)
+		}
+		if err := x.prepare(ctx, want.Facts); err != nil {
+			return err
+		}
+	} else {
+		plan.Changes(x.applied, want, func(old, new *plan.Plan) bool { r.step(old, new); return true })
+	}
+	x.readmit(r, want)
+	if err := r.findForeign(ctx); err != nil {
+		return err
+	}
+	ops := r.ops()
+	failures, err := x.kernel.apply(ctx, ops)
+	if err != nil {
+		return err
+	}
+	x.applied = want
+	return x.withdraw(ctx, r.is, failures)
+}
+
+// prepare brings the rules into force that depend on facts only. What others
+// wrote to the tables before is for Check to see.
+func (x *Proxier) prepare(ctx context.Context, facts *plan.Facts) error {
+	before, err := x.kernel.token(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := x.kernel.prepare(ctx, base(&x.o, facts)); err != nil || before.tables != x.token.tables {
+		return err
+	}
+	x.token, err = x.kernel.token(ctx)
+	return err
+}
+
+// readmit takes plans that were set aside and are due for another try into a
+// round. What is still refused is set aside again, for longer.
+func (x *Proxier) readmit(r *round, want *plan.Set) {
+	for key, a := range x.aside {
+		p := want.Get(key)
+		if p != a.plan {
+			delete(x.aside, key)
+			continue
+		}
+		if x.now().Sub(a.since) >= a.wait {
+			delete(x.aside, key)
+			r.retried[key] = a.wait
+			r.step(nil, p)
+		}
+	}
+}
+
+// withdraw sets the plans aside of which the kernel refused something, and takes
+// back what it did not refuse.
+func (x *Proxier) withdraw(ctx context.Context, c compiler, failures []failure) error {
+	var shared []error
+	blamed := map[model.PortKey]error{}
+	for _, f := range failures {
+		if f.op.owner == nil || x.applied.Get(*f.op.owner) == nil {
+			shared = append(shared, fmt.Errorf("%s: %w", f.op, f.err))
+			continue
+		}
+		if blamed[*f.op.owner] == nil {
+			blamed[*f.op.owner] = fmt.Errorf("the kernel refuses %s: %w", f.op, f.err)
+		}
+	}
+	if len(shared) > 0 {
+		return fmt.Errorf("change the kernel's tables: %w", errors.Join(shared...))
+	}
+	if len(blamed) == 0 {
+		return nil
+	}
+	if len(blamed) > 1 && len(blamed) == x.applied.Len() {
+		return fmt.Errorf("everything is refused, no Service is to blame: %w", failures[0].err)
+	}
+	r := x.newRound(c, c)
+	for key, err := range blamed {
+		p := x.applied.Get(key)
+		r.step(p, nil)
+		wait := retryAside
+		if a, ok := x.aside[key]; ok {
+			wait = min(2*a.wait, retryAsideMost)
+		}
+		x.aside[key] = aside{p, x.now(), wait}
+		x.tell(key, err)
+	}
+	again, err := x.kernel.apply(ctx, r.ops())
+	if err == nil && len(again) > 0 {
+		err = fmt.Errorf("take back what belongs to refused Services: %s: %w", again[0].op, again[0].err)
+	}
+	return err
+}
+
+// Prime programs the important Services of a Set, if the kernel has no virtual
+// servers of ours at all, and says whether it did. The next Sync reads what is
+// there.
+func (x *Proxier) Prime(ctx context.Context, want *plan.Set) (bool, error) {
+	if want.Len() == 0 {
+		return false, nil
+	}
+	have, err := x.kernel.read(ctx)
+	if err != nil || x.anyOurs(have) {
+		return false, err
+	}
+	err = x.syncAll(ctx, want, func(p *plan.Plan) bool { return p.Important })
+	x.Forget()
+	return err == nil, err
+}
