@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -69,36 +68,13 @@ func modprobe(ctx context.Context, module string) {
 	}
 }
 
-// requestIPVS makes the kernel load xt_ipvs, and IPVS with it: it asks for no
-// module when somebody speaks to IPVS, but it does when iptables wants a match.
-// That works without modprobe in this container.
-func requestIPVS(family model.Family) {
-	const getRevisionMatch = 66 // IPT_SO_GET_REVISION_MATCH
-	domain, level := unix.AF_INET, unix.IPPROTO_IP
-	option := uintptr(getRevisionMatch)
-	if family == model.IPv6 {
-		domain, level, option = unix.AF_INET6, unix.IPPROTO_IPV6, 68 // IP6T_SO_GET_REVISION_MATCH
-	}
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-	if err != nil {
-		return
-	}
-	defer func() { _ = unix.Close(fd) }()
-	var revision [30]byte // struct xt_get_revision
-	copy(revision[:], "ipvs")
-	size := uint32(len(revision))
-	_, _, _ = unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), option,
-		uintptr(unsafe.Pointer(&revision[0])), uintptr(unsafe.Pointer(&size)), 0)
-}
-
+// ipvs: the kernel loads module ip_vs when it is asked for the family, by its
+// alias.
 func (p probe) ipvs(ctx context.Context) error {
 	id, err := p.ipvsFamily(ctx)
 	if err != nil {
 		modprobe(ctx, "ip_vs")
-		if id, err = p.ipvsFamily(ctx); err != nil {
-			requestIPVS(p.family)
-			id, err = p.ipvsFamily(ctx)
-		}
+		id, err = p.ipvsFamily(ctx)
 	}
 	switch {
 	case errors.Is(err, unix.ENOENT):

@@ -65,6 +65,9 @@ type Header struct {
 // ErrMismatch says that a set of the name exists and is of another kind.
 var ErrMismatch = errors.New("the set exists with another type or family")
 
+// ErrUnsupported says that the kernel has no ipsets at all.
+var ErrUnsupported = errors.New("the kernel has no ipset (module ip_set)")
+
 // commands, IPSET_CMD_*.
 const (
 	cmdCreate  = 2
@@ -227,6 +230,9 @@ func (c *Conn) Destroy(ctx context.Context, name string) error {
 		begin(e, cmdDestroy, 0, unix.AF_INET)
 		e.String(attrSetName, name)
 	})
+	if errors.Is(err, unix.EINVAL) { // of nfnetlink: a name of a set is never wrong
+		err = ErrUnsupported
+	}
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("destroy set %s: %w", name, Explain(err))
 	}
@@ -345,7 +351,8 @@ func (c *Conn) List(ctx context.Context, name string) ([]Entry, error) {
 	return out, nil
 }
 
-// Headers gives the headers of all sets by name.
+// Headers gives the headers of all sets by name. The error wraps ErrUnsupported
+// where the kernel cannot have any.
 func (c *Conn) Headers(ctx context.Context) (map[string]Header, error) {
 	out := map[string]Header{}
 	err := c.dump(ctx, "", flagListHeader, func() { clear(out) }, func(set []byte) error {
@@ -353,6 +360,9 @@ func (c *Conn) Headers(ctx context.Context) (map[string]Header, error) {
 		out[h.Name] = h
 		return nil
 	})
+	if errors.Is(err, unix.EINVAL) { // of nfnetlink
+		err = ErrUnsupported
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list sets: %w", err)
 	}
