@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -82,6 +81,14 @@ type world struct {
 // programs its node.
 func newWorld(t *testing.T, list []service, options ...func(*ipvs.Options)) *world {
 	t.Helper()
+	w := newIdleWorld(t, list, options...)
+	w.sync(list)
+	return w
+}
+
+// newIdleWorld is newWorld before the proxier has done anything.
+func newIdleWorld(t *testing.T, list []service, options ...func(*ipvs.Options)) *world {
+	t.Helper()
 	inside(t)
 	s := scenario(t, list)
 	w := &world{t: t, lab: buildCluster(t, s), state: s, services: list}
@@ -97,7 +104,6 @@ func newWorld(t *testing.T, list []service, options ...func(*ipvs.Options)) *wor
 		}
 	}
 	w.p = w.newProxier(options...)
-	w.sync(list)
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(evidence(w.node))
@@ -127,6 +133,16 @@ func (w *world) newProxier(options ...func(*ipvs.Options)) (p *ipvs.Proxier) {
 		w.t.Fatal(err)
 	}
 	return p
+}
+
+// run runs a subtest of the world's test.
+func (w *world) run(name string, test func(t *testing.T)) {
+	outer := w.t
+	defer func() { w.t = outer }()
+	outer.Run(name, func(t *testing.T) {
+		w.t = t // what is opened in a subtest is closed at its end
+		test(t)
+	})
 }
 
 // set plans Services.
@@ -209,8 +225,8 @@ func (h *held) tally() tally {
 	return count
 }
 
-// release closes the connections to one endpoint, or to all for "", and waits
-// until the kernel has seen it.
+// release ends the connections to one endpoint, or to all for "", and waits until
+// the kernel has seen it. They are reset: IPVS remembers others for minutes.
 func (h *held) release(server string) {
 	h.w.t.Helper()
 	before := h.w.active(h.to)
@@ -220,7 +236,7 @@ func (h *held) release(server string) {
 			return false
 		}
 		closed++
-		return c.Close() == nil
+		return c.Reset() == nil
 	})
 	h.w.until(func() bool { return h.w.active(h.to) == before-closed })
 }
@@ -255,17 +271,9 @@ type destination struct{ weight, active, inactive int }
 // destinations reads a virtual server from the kernel; nil if it is not there.
 func (w *world) destinations(of netip.AddrPort) map[string]destination {
 	w.t.Helper()
-	var text []byte
-	err := w.node.Do(func() (err error) {
-		text, err = os.ReadFile("/proc/thread-self/net/ip_vs")
-		return err
-	})
-	if err != nil {
-		w.t.Fatal(err)
-	}
 	var list map[string]destination
 	found := false
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(w.servers()) {
 		f := strings.Fields(line)
 		switch {
 		case f[0] == "TCP":
@@ -276,6 +284,7 @@ func (w *world) destinations(of netip.AddrPort) map[string]destination {
 			found = false
 		case found:
 			var d destination
+			var err error
 			for i, to := range []*int{&d.weight, &d.active, &d.inactive} {
 				if *to, err = strconv.Atoi(f[3+i]); err != nil {
 					w.t.Fatal(err)

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
@@ -20,7 +22,7 @@ import (
 // ipvs proxier, and the tests of what only that can do. All in one go, for a
 // kernel that boots takes seconds.
 func TestIPVS(t *testing.T) {
-	uml.Rerun(t, "^(TestScenarios|TestSchedulers)$")
+	uml.Rerun(t, "^(TestProbe|TestScenarios|TestSchedulers|TestTermination|TestDrain|TestForeign|TestModeChange|TestHostPorts)$")
 }
 
 // inside skips a test where TestIPVS has not started it.
@@ -31,16 +33,37 @@ func inside(t *testing.T) {
 	}
 }
 
+// probed is what the kernel offers, by family.
+var probed = map[model.Family]func() (ipvs.Host, error){}
+
+func init() {
+	for _, f := range []model.Family{model.IPv4, model.IPv6} {
+		probed[f] = sync.OnceValues(func() (ipvs.Host, error) { return ipvs.Probe(context.Background(), f, "legacy") })
+	}
+}
+
+// TestProbe: the kernel under test offers everything, so that what follows tests
+// everything.
+func TestProbe(t *testing.T) {
+	inside(t)
+	for f, probe := range probed {
+		h, err := probe()
+		if err != nil || !h.Inside || !slices.Equal(h.Schedulers, scenarios.Schedulers) || h.Version == "" || len(h.Missing) > 0 {
+			t.Errorf("%s: %+v, %v", f, h, err)
+		}
+	}
+}
+
 func ipvsOptions(s *scenarios.Scenario, f model.Family) (ipvs.Options, error) {
-	p, err := programs("legacy", f)
+	h, err := probed[f]()
 	return ipvs.Options{
 		Family:        f,
-		Programs:      p,
+		Programs:      h.Programs,
 		MasqueradeBit: 14,
-		RandomFully:   true,
+		RandomFully:   h.RandomFully,
 		Detector:      proxier.Detector(s.Detector(f)),
-		Schedulers:    scenarios.Schedulers,
-		Inside:        true,
+		Schedulers:    h.Schedulers,
+		Inside:        h.Inside,
 	}, err
 }
 

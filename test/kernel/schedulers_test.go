@@ -145,12 +145,7 @@ func TestSchedulers(t *testing.T) {
 	}
 	w := newWorld(t, list)
 	for _, tc := range schedulerTests {
-		t.Run(tc.name, func(t *testing.T) {
-			outer := w.t
-			defer func() { w.t = outer }()
-			w.t = t // what is held is let go at the end of the test
-			tc.test(t, w, tc.service)
-		})
+		w.run(tc.name, func(t *testing.T) { tc.test(t, w, tc.service) })
 	}
 }
 
