@@ -28,6 +28,10 @@ const (
 	chainInside        = "KUBE-IPVS-INSIDE"     // in mangle and in nat
 )
 
+// commentFirewall is that of the jumps to chainProxyFirewall. iptables mode has a
+// chain of the same name under another comment.
+const commentFirewall = "kube-proxy firewall rules"
+
 // rules is a chain with its complete content, as iptables-save prints it.
 type rules struct {
 	table, chain string
@@ -278,8 +282,8 @@ func (w ruleWriter) jumps() []jump {
 		j(tableNAT, "POSTROUTING", "kubernetes postrouting rules", chainPostrouting),
 		j(tableFilter, "FORWARD", "kubernetes forwarding rules", chainForward),
 		j(tableFilter, "INPUT", "kubernetes health check rules", chainNodePort),
-		j(tableFilter, "INPUT", "kube-proxy firewall rules", chainProxyFirewall),
-		j(tableFilter, "FORWARD", "kube-proxy firewall rules", chainProxyFirewall),
+		j(tableFilter, "INPUT", commentFirewall, chainProxyFirewall),
+		j(tableFilter, "FORWARD", commentFirewall, chainProxyFirewall),
 		j(tableFilter, "INPUT", "kubernetes ipvs access filter", chainIPVSFilter),
 		j(tableMangle, "OUTPUT", "kubernetes ipvs access filter", chainIPVSOut),
 	}

@@ -95,7 +95,7 @@ func (x *Proxier) matches(live *liveServer, want *server) bool {
 		}
 	}
 	leaving := 0
-	for at := range x.drains[want.serverKey] {
+	for at := range x.drains.servers[want.serverKey] {
 		if have, ok := live.destinations[at]; ok && have.weight == 0 {
 			leaving++
 		}

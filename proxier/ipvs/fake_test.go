@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sort"
 	"strings"
+
+	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
 )
 
 // fakeKernel keeps in memory what the kernel would, with its rules: a
@@ -44,7 +46,7 @@ func (f *fakeKernel) read(context.Context) (*actual, error) {
 	if f.failing() {
 		return nil, errFake
 	}
-	a := &actual{servers: map[serverKey]*liveServer{}, addrs: maps.Clone(f.addrs), static: f.static != nil}
+	a := &actual{servers: map[serverKey]*liveServer{}, addrs: maps.Clone(f.addrs)}
 	for k, s := range f.servers {
 		a.servers[k] = s.clone()
 	}
@@ -68,6 +70,9 @@ func (f *fakeKernel) prepare(_ context.Context, base static) (repairs, error) {
 			f.sets[id] = map[entry]bool{}
 			r.sets++
 		}
+	}
+	if base.chains == nil {
+		return r, nil
 	}
 	if f.static == nil || fmt.Sprint(*f.static) != fmt.Sprint(base) {
 		f.static = &base
@@ -184,8 +189,16 @@ func (f *fakeKernel) token(context.Context) (token, error) {
 	return t, nil
 }
 
-func (f *fakeKernel) clear(context.Context, bool) error {
+func (f *fakeKernel) unrule(context.Context, xtables.Scope) (bool, error) {
+	had := f.static != nil
 	f.static = nil
+	return had, nil
+}
+
+func (f *fakeKernel) clear(context.Context) error {
+	if f.static != nil {
+		return errors.New("BUG: rules name the sets")
+	}
 	f.sets = [setCount]map[entry]bool{}
 	if len(f.addrs) == 0 {
 		f.addrs = nil

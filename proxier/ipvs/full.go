@@ -21,11 +21,16 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set, only func(*plan.P
 	if err != nil {
 		return err
 	}
-	fixed, err := x.kernel.prepare(ctx, base(&x.o, want.Facts))
+	have, err := x.kernel.read(ctx)
 	if err != nil {
 		return err
 	}
-	have, err := x.kernel.read(ctx)
+	rules := base(&x.o, want.Facts)
+	first := rules
+	if have.othersServe {
+		first = static{family: rules.family} // theirs serve until everything else is there
+	}
+	fixed, err := x.kernel.prepare(ctx, first)
 	if err != nil {
 		return err
 	}
@@ -41,6 +46,11 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set, only func(*plan.P
 			return err
 		}
 		failures = append(failures, failed...)
+	}
+	if have.othersServe {
+		if fixed, err = x.kernel.prepare(ctx, rules); err != nil {
+			return err
+		}
 	}
 	if only == nil {
 		ops := x.surplus(have)
@@ -240,14 +250,6 @@ func (x *Proxier) surplus(have *actual) []op {
 			}
 		}
 	}
-	x.drains.keepOnly(func(k serverKey, at netip.AddrPort) bool {
-		live := have.servers[k]
-		if live == nil {
-			return false
-		}
-		_, ok := live.destinations[at]
-		return ok
-	})
 	return o.ordered()
 }
 

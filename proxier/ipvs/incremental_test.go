@@ -88,6 +88,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 	}
 	for seed := range sequences {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
 			r := rand.New(rand.NewPCG(uint64(seed), 1))
 			family := []model.Family{model.IPv4, model.IPv6}[seed%2]
 			w := newWorld(r, family, []int{3, 30, 150}[seed%3])

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
 )
 
 // serverKey identifies a virtual server: by address, protocol and port, or by a
@@ -107,7 +108,9 @@ type actual struct {
 	servers map[serverKey]*liveServer // of this family, everybody's
 	sets    [setCount]map[entry]bool  // of ours; nil: the set does not exist
 	addrs   map[netip.Addr]bool       // on kube-ipvs0; nil: there is no such device
-	static  bool                      // the static rules are in place, to the letter
+	// othersServe says that there is no kube-ipvs0 yet, and that rules of iptables
+	// mode, ours or kube-proxy's, forward traffic to Services.
+	othersServe bool
 }
 
 // token is what can be learnt about the kernel's state at next to no cost. Two
@@ -137,7 +140,9 @@ type kernel interface {
 	// the result.
 	lookup(ctx context.Context, keys []serverKey) (map[serverKey]*liveServer, error)
 	token(ctx context.Context) (token, error)
-	// clear removes the static rules, then the sets, and kube-ipvs0 if it holds no
-	// address. With shared, chains that iptables mode has by the same name stay.
-	clear(ctx context.Context, shared bool) error
+	// unrule removes static rules, and says whether there were any.
+	unrule(ctx context.Context, what xtables.Scope) (bool, error)
+	// clear removes the sets, which no rule may name any more, and kube-ipvs0 if it
+	// holds no address.
+	clear(ctx context.Context) error
 }

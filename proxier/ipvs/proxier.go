@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
@@ -59,7 +58,7 @@ type Proxier struct {
 	// known and must be read first.
 	applied *plan.Set
 	ledger  ledger
-	drains  drains
+	drains  *drains
 	token   token
 
 	aside   map[model.PortKey]aside
@@ -68,8 +67,6 @@ type Proxier struct {
 
 	written bool // this process has written: what it finds changed is drift
 	patrol  patrol
-
-	draining atomic.Pointer[[]Draining] // for other goroutines
 }
 
 // aside is a plan that the kernel refused.
@@ -101,7 +98,7 @@ func newProxier(o Options, k kernel) *Proxier {
 	if o.Scheduler == "" {
 		o.Scheduler = DefaultScheduler
 	}
-	return &Proxier{o: o, kernel: k, now: time.Now, ledger: newLedger(), drains: drains{},
+	return &Proxier{o: o, kernel: k, now: time.Now, ledger: newLedger(), drains: newDrains(),
 		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
 }
 
@@ -127,7 +124,6 @@ func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
 	if err == nil && before > 0 {
 		x.takeBack()
 	}
-	x.publishDraining()
 	return err
 }
 
@@ -280,7 +276,7 @@ func (x *Proxier) Prime(ctx context.Context, want *plan.Set) (bool, error) {
 		return false, nil
 	}
 	have, err := x.kernel.read(ctx)
-	if err != nil || x.anyOurs(have) {
+	if err != nil || have.othersServe || x.anyOurs(have) {
 		return false, err
 	}
 	err = x.syncAll(ctx, want, func(p *plan.Plan) bool { return p.Important })

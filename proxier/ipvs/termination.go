@@ -3,75 +3,114 @@ package ipvs
 import (
 	"cmp"
 	"context"
-	"maps"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/sluice-proxy/sluice/pkg/plan"
 )
 
 // drains are destinations that are not wanted any more and keep their
-// connections for a while: they have weight 0, so that no new ones come. The
-// value is since when.
-type drains map[serverKey]map[netip.AddrPort]time.Time
+// connections for a while: they have weight 0, so that no new ones come.
+type drains struct {
+	mu      sync.Mutex // Draining may be called by any goroutine; the rest by one
+	servers map[serverKey]map[netip.AddrPort]drain
+}
+
+// drain is since when a destination leaves, and how it was at the last look.
+type drain struct {
+	since, until     time.Time
+	active, inactive int
+}
+
+func newDrains() *drains { return &drains{servers: map[serverKey]map[netip.AddrPort]drain{}} }
 
 // add begins to drain a destination, or goes on.
-func (d drains) add(k serverKey, at netip.AddrPort, now time.Time) {
-	if d[k] == nil {
-		d[k] = map[netip.AddrPort]time.Time{}
+func (d *drains) add(k serverKey, at netip.AddrPort, now time.Time) {
+	if _, ok := d.servers[k][at]; !ok {
+		d.set(k, at, drain{since: now})
 	}
-	if _, ok := d[k][at]; !ok {
-		d[k][at] = now
+}
+
+func (d *drains) set(k serverKey, at netip.AddrPort, as drain) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.servers[k] == nil {
+		d.servers[k] = map[netip.AddrPort]drain{}
 	}
+	d.servers[k][at] = as
 }
 
 // drop ends it: the destination is wanted again, or gone.
-func (d drains) drop(k serverKey, at netip.AddrPort) {
-	delete(d[k], at)
-	if len(d[k]) == 0 {
-		delete(d, k)
+func (d *drains) drop(k serverKey, at netip.AddrPort) {
+	if len(d.servers) == 0 {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.servers[k], at)
+	if len(d.servers[k]) == 0 {
+		delete(d.servers, k)
 	}
 }
 
-func (d drains) dropServer(k serverKey) { delete(d, k) }
+func (d *drains) dropServer(k serverKey) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.servers, k)
+}
 
-func (d drains) keepOnly(keep func(serverKey, netip.AddrPort) bool) {
-	for k, list := range d {
-		for at := range list {
-			if !keep(k, at) {
-				d.drop(k, at)
-			}
-		}
+func (d *drains) keys() []serverKey {
+	out := make([]serverKey, 0, len(d.servers))
+	for k := range d.servers {
+		out = append(out, k)
 	}
+	return out
 }
 
 // Draining is a removed endpoint that still has connections.
 type Draining struct {
-	Server           string // as ipvsadm names it: "TCP 10.96.0.1:80"
-	Endpoint         netip.AddrPort
-	Since            time.Time // when it was removed, or this process found it
-	Until            time.Time // when it is cut off; zero: when its connections end, or it is still terminating
-	Active, Inactive int       // connections at the last look
+	Server   string // as ipvsadm names it: "TCP 10.96.0.1:80"
+	Endpoint netip.AddrPort
+	// Since is when it was removed, or, if that is later, when it ceased to be
+	// terminating or this process found it.
+	Since time.Time
+	// Until is when it is cut off; zero: when its connections end.
+	Until            time.Time
+	Active, Inactive int // connections at the last look
 }
 
 // Draining lists the removed endpoints that still have connections, as of the
 // last look. It may be called by any goroutine.
 func (x *Proxier) Draining() []Draining {
-	if list := x.draining.Load(); list != nil {
-		return *list
+	x.drains.mu.Lock()
+	defer x.drains.mu.Unlock()
+	list := []Draining{}
+	for k, destinations := range x.drains.servers {
+		for at, d := range destinations {
+			list = append(list, Draining{Server: k.String(), Endpoint: at, Since: d.since, Until: d.until, Active: d.active, Inactive: d.inactive})
+		}
 	}
-	return nil
+	slices.SortFunc(list, func(a, b Draining) int {
+		return cmp.Or(cmp.Compare(a.Server, b.Server), a.Endpoint.Compare(b.Endpoint))
+	})
+	return list
 }
 
-// due says whether a draining destination can go: it has no connections, or its
-// time is up. As long as its endpoint is only terminating, it has all the time
-// that the pod is given.
-func due(d liveDest, since time.Time, terminating bool, limit time.Duration, now time.Time) bool {
-	if d.active+d.inactive == 0 {
-		return true
+// next works out a draining destination's state from how the kernel has it. It
+// goes (due) if it has no connections, or its time is up. As long as its endpoint
+// is terminating it has all the time that the pod is given: its own begins when
+// that is over.
+func (d drain) next(live liveDest, terminating bool, limit time.Duration, now time.Time) (next drain, due bool) {
+	next = drain{since: d.since, active: int(live.active), inactive: int(live.inactive)}
+	if terminating {
+		next.since = now
 	}
-	return limit > 0 && !terminating && now.Sub(since) >= limit
+	if limit > 0 && !terminating {
+		next.until = next.since.Add(limit)
+	}
+	return next, next.active+next.inactive == 0 || !next.until.IsZero() && !now.Before(next.until)
 }
 
 // terminating says whether an endpoint is still there, if only to end its work.
@@ -83,77 +122,45 @@ func terminating(p *plan.Plan, at netip.AddrPort) bool {
 // are due. The kernel does not tell when connections end, so it is asked; only
 // virtual servers with such destinations are.
 func (x *Proxier) drain(ctx context.Context) error {
-	if len(x.drains) == 0 {
+	if len(x.drains.servers) == 0 {
 		return nil
 	}
-	live, err := x.kernel.lookup(ctx, slices.Collect(maps.Keys(x.drains)))
+	live, err := x.kernel.lookup(ctx, x.drains.keys())
 	if err != nil {
 		return err
 	}
-	var o opList
-	list := []Draining{}
+	var ops []op
 	now, limit := x.now(), x.o.Drain()
-	for k, destinations := range x.drains {
-		for at, since := range destinations {
-			d, there := liveDest{}, false
+	for k, destinations := range x.drains.servers {
+		for at, d := range destinations {
+			var have liveDest
 			if s := live[k]; s != nil {
-				d, there = s.destinations[at]
+				have = s.destinations[at]
 			}
-			still := terminating(x.ledger.winner(k), at)
-			if still {
-				since = now // its time begins when it is gone
-				x.drains[k][at] = now
+			next, due := d.next(have, terminating(x.ledger.winner(k), at), limit, now)
+			x.drains.set(k, at, next)
+			if due {
+				ops = append(ops, op{kind: delDest, key: k, dest: destination{at: at}})
 			}
-			if !there || due(d, since, still, limit, now) {
-				o.late = append(o.late, op{kind: delDest, key: k, dest: destination{at: at}})
-				continue
-			}
-			entry := Draining{Server: k.String(), Endpoint: at, Since: since, Active: int(d.active), Inactive: int(d.inactive)}
-			if limit > 0 && !still {
-				entry.Until = since.Add(limit)
-			}
-			list = append(list, entry)
 		}
 	}
-	failures, err := x.kernel.apply(ctx, o.ordered())
+	failures, err := x.kernel.apply(ctx, ops)
 	if err != nil {
 		return err
 	}
-	failed := map[serverKey]bool{}
+	failed := map[destinationKey]bool{}
 	for _, f := range failures {
-		failed[f.op.key] = true // it is tried again
+		failed[destinationKey{f.op.key, f.op.dest.at}] = true // it is tried again
 	}
-	for _, op := range o.late {
-		if !failed[op.key] {
-			x.drains.drop(op.key, op.dest.at)
+	for _, o := range ops {
+		if !failed[destinationKey{o.key, o.dest.at}] {
+			x.drains.drop(o.key, o.dest.at)
 		}
 	}
-	slices.SortFunc(list, func(a, b Draining) int {
-		return cmp.Or(cmp.Compare(a.Server, b.Server), a.Endpoint.Compare(b.Endpoint))
-	})
-	x.draining.Store(&list)
 	return nil
 }
 
-// publishDraining brings the published list up to what is drained now, without
-// asking the kernel: connections of those that are new in it are not known yet.
-func (x *Proxier) publishDraining() {
-	known := map[string]Draining{}
-	for _, d := range x.Draining() {
-		known[d.Server+d.Endpoint.String()] = d
-	}
-	list := []Draining{}
-	for k, destinations := range x.drains {
-		for at, since := range destinations {
-			d, ok := known[k.String()+at.String()]
-			if !ok {
-				d = Draining{Server: k.String(), Endpoint: at, Since: since}
-			}
-			list = append(list, d)
-		}
-	}
-	slices.SortFunc(list, func(a, b Draining) int {
-		return cmp.Or(cmp.Compare(a.Server, b.Server), a.Endpoint.Compare(b.Endpoint))
-	})
-	x.draining.Store(&list)
+type destinationKey struct {
+	server serverKey
+	at     netip.AddrPort
 }
