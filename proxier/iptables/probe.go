@@ -2,7 +2,6 @@ package iptables
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
