@@ -15,6 +15,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier"
 	"github.com/sluice-proxy/sluice/proxier/iptables"
+	"github.com/sluice-proxy/sluice/proxier/ipvs"
 	"github.com/sluice-proxy/sluice/proxier/nftables"
 )
 
@@ -25,19 +26,30 @@ const defaultScheduler = "rr"
 type ipvsMode struct {
 	a         *agent
 	cfg       *config.Config
-	hosts     map[model.Family]ipvsHost
+	hosts     map[model.Family]ipvs.Host
 	lacking   map[model.Family]error // why a family has no host
 	scheduler string
 }
 
 // ipvsKernel is what the agent does with IPVS; the real one is package ipvs.
 type ipvsKernel struct {
-	probe          func(ctx context.Context, f model.Family, variant string) (ipvsHost, error)
-	open           func(ipvsOptions) (ipvsProxier, error)
+	probe          func(ctx context.Context, f model.Family, variant string) (ipvs.Host, error)
+	open           func(ipvs.Options) (ipvsProxier, error)
 	checkScheduler func(name string, offered []string) error
 	setTimeouts    func(tcp, tcpFin, udp time.Duration) error
 	removeOther    func(ctx context.Context, f model.Family) (bool, error)
 	cleanup        func(ctx context.Context, f model.Family) error
+}
+
+func systemIPVS() ipvsKernel {
+	return ipvsKernel{
+		probe:          ipvs.Probe,
+		open:           func(o ipvs.Options) (ipvsProxier, error) { return ipvs.New(o) },
+		checkScheduler: ipvs.CheckScheduler,
+		setTimeouts:    ipvs.SetTimeouts,
+		removeOther:    ipvs.RemoveOther,
+		cleanup:        ipvs.CleanupHost,
+	}
 }
 
 // ipvsProxier is ipvs.Proxier.
@@ -45,23 +57,21 @@ type ipvsProxier interface {
 	proxier.Proxier
 	Check(ctx context.Context, force bool) (bool, error)
 	Prime(ctx context.Context, want *plan.Set) (bool, error)
-	Draining() []ipvsDraining
+	Draining() []ipvs.Draining
 }
 
 // newIPVSMode finds out what the kernel offers. A kernel without IPVS is an
 // unavailable error; a scheduler that it does not have is a wrong configuration.
 func newIPVSMode(ctx context.Context, a *agent, cfg *config.Config) (*ipvsMode, error) {
-	m := &ipvsMode{a: a, cfg: cfg, hosts: map[model.Family]ipvsHost{}, lacking: map[model.Family]error{}, scheduler: cfg.IPVS.Scheduler}
+	m := &ipvsMode{a: a, cfg: cfg, hosts: map[model.Family]ipvs.Host{}, lacking: map[model.Family]error{}, scheduler: cfg.IPVS.Scheduler}
 	if m.scheduler == "" {
 		m.scheduler = defaultScheduler
 	}
-	var missing []string
 	var first error
 	for _, f := range a.families() {
 		host, err := a.ipvs.probe(ctx, f, cfg.IPTablesVariant)
 		if err != nil {
 			m.lacking[f] = err
-			missing = append(missing, host.Missing...)
 			if first == nil {
 				first = err
 			}
@@ -75,38 +85,16 @@ func newIPVSMode(ctx context.Context, a *agent, cfg *config.Config) (*ipvsMode, 
 	if len(m.hosts) > 0 {
 		return m, nil
 	}
-	return nil, &unavailable{mode: config.ModeIPVS, reason: missingLabel(missing),
-		err: fmt.Errorf("%w. %s", first, missingAdvice(missing))}
-}
-
-// missingLabel is a metric's label for what a kernel lacks. It has as many values
-// as there are things to lack, not as there are error texts.
-func missingLabel(missing []string) string {
-	if len(missing) == 0 {
-		return "probe failed"
-	}
-	missing = slices.Compact(slices.Sorted(slices.Values(missing)))
-	return "missing " + strings.Join(missing, ",")
-}
-
-// missingAdvice says what can be done about what a kernel lacks.
-func missingAdvice(missing []string) string {
-	const other = "or choose mode iptables"
-	if len(missing) == 0 {
-		return "Put that right, " + other
-	}
-	missing = slices.Compact(slices.Sorted(slices.Values(missing)))
-	return fmt.Sprintf("Load what is missing before Sluice starts (modprobe %s; some distributions have it in a package of extra modules), %s",
-		strings.Join(missing, " "), other)
+	return nil, &unavailable{mode: config.ModeIPVS, reason: "not possible on this node", err: fmt.Errorf("%w; or choose mode iptables", first)}
 }
 
 type ipvsEngine struct {
 	ipvsProxier
-	options ipvsOptions
+	options ipvs.Options
 }
 
 func (e ipvsEngine) render(set *plan.Set, name model.ServiceName) string {
-	return ipvsRender(set, e.options, name)
+	return ipvs.RenderService(set, e.options, name)
 }
 
 func (m *ipvsMode) open(_ context.Context, p *dataplane, d proxier.Detector) (engine, error) {
@@ -116,9 +104,12 @@ func (m *ipvsMode) open(_ context.Context, p *dataplane, d proxier.Detector) (en
 	}
 	m.a.log.Info("Using IPVS", "ipFamily", p.family, "version", host.Version, "scheduler", m.scheduler,
 		"schedulers", strings.Join(host.Schedulers, ","), "iptables", host.Programs.Variant, "why", host.Why)
-	o := ipvsOptions{Family: p.family, Programs: host.Programs, MasqueradeBit: m.cfg.MasqueradeBit, Detector: d,
-		RandomFully: host.RandomFully, Scheduler: m.scheduler, Schedulers: host.Schedulers,
-		Exclude: m.cfg.IPVS.ExcludeCIDRs, Drain: func() time.Duration { return drainOf(m.a.cfg.Load()) },
+	for _, limit := range host.Missing {
+		m.a.log.Warn("ipvs mode is limited here", "ipFamily", p.family, "limit", limit)
+	}
+	o := ipvs.Options{Family: p.family, Programs: host.Programs, MasqueradeBit: m.cfg.MasqueradeBit, Detector: d,
+		RandomFully: host.RandomFully, Scheduler: m.scheduler, Schedulers: host.Schedulers, Inside: host.Inside,
+		Exclude: m.cfg.IPVS.ExcludeCIDRs, Drain: func() time.Duration { return m.a.cfg.Load().IPVS.Drain },
 		Report: p, Stats: p.stats()}
 	x, err := m.a.ipvs.open(o)
 	if err != nil {
@@ -168,8 +159,8 @@ func (m *ipvsMode) removeOthers(ctx context.Context, f model.Family) (string, er
 }
 
 // draining lists the endpoints that only finish their connections, by family.
-func (a *agent) draining() map[model.Family][]ipvsDraining {
-	out := map[model.Family][]ipvsDraining{}
+func (a *agent) draining() map[model.Family][]ipvs.Draining {
+	out := map[model.Family][]ipvs.Draining{}
 	for _, l := range a.loops {
 		if e, ok := l.plane.engine.(ipvsEngine); ok {
 			out[l.family] = e.Draining()

@@ -17,12 +17,12 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/ipvs"
 )
 
 // fakeIPVS is a machine's IPVS as a test wants it.
 type fakeIPVS struct {
 	errs     map[model.Family]error // by Probe
-	missing  []string
 	timeouts []time.Duration
 }
 
@@ -30,13 +30,13 @@ var errScheduler = errors.New(`this kernel has no scheduler "xx": it offers lc, 
 
 func (f *fakeIPVS) kernel() ipvsKernel {
 	return ipvsKernel{
-		probe: func(_ context.Context, family model.Family, _ string) (ipvsHost, error) {
+		probe: func(_ context.Context, family model.Family, _ string) (ipvs.Host, error) {
 			if err := f.errs[family]; err != nil {
-				return ipvsHost{Missing: f.missing}, err
+				return ipvs.Host{}, err
 			}
-			return ipvsHost{Version: "1.2.1", Schedulers: []string{"lc", "rr"}}, nil
+			return ipvs.Host{Version: "1.2.1", Schedulers: []string{"lc", "rr"}, Inside: true, Missing: []string{"it cannot do this"}}, nil
 		},
-		open: func(o ipvsOptions) (ipvsProxier, error) { return &fakeProxier{options: o}, nil },
+		open: func(o ipvs.Options) (ipvsProxier, error) { return &fakeProxier{options: o}, nil },
 		checkScheduler: func(name string, offered []string) error {
 			if !slices.Contains(offered, name) {
 				return errScheduler
@@ -55,7 +55,7 @@ func (f *fakeIPVS) kernel() ipvsKernel {
 // fakeProxier does nothing, and says that something drains.
 type fakeProxier struct {
 	proxier.Proxier
-	options  ipvsOptions
+	options  ipvs.Options
 	failures int
 	synced   int
 }
@@ -70,8 +70,8 @@ func (x *fakeProxier) Sync(context.Context, *plan.Set) error {
 }
 func (x *fakeProxier) Check(context.Context, bool) (bool, error)      { return false, nil }
 func (x *fakeProxier) Prime(context.Context, *plan.Set) (bool, error) { return false, nil }
-func (x *fakeProxier) Draining() []ipvsDraining {
-	return []ipvsDraining{{Server: "10.96.0.1:80/TCP", Endpoint: netip.MustParseAddrPort("10.244.1.1:8080"), Active: 2}}
+func (x *fakeProxier) Draining() []ipvs.Draining {
+	return []ipvs.Draining{{Server: "10.96.0.1:80/TCP", Endpoint: netip.MustParseAddrPort("10.244.1.1:8080"), Active: 2}}
 }
 
 // agentFor loads a configuration from flags and gives it to an agent with a fake
@@ -97,7 +97,6 @@ func agentFor(t *testing.T, f *fakeIPVS, args ...string) (*agent, *config.Config
 
 func TestChooseMode(t *testing.T) {
 	none := map[model.Family]error{model.IPv4: errors.New("the kernel has no IPVS"), model.IPv6: errors.New("the kernel has no IPVS")}
-	missing := []string{"ip_vs", "dummy", "ip_vs"}
 	for _, tc := range []struct {
 		name   string
 		args   []string
@@ -112,12 +111,10 @@ func TestChooseMode(t *testing.T) {
 		{"ipvs, one of its schedulers", []string{"--proxy-mode=ipvs", "--ipvs-scheduler=lc"}, fakeIPVS{}, config.ModeIPVS, nil, ""},
 		{"ipvs, none of its schedulers", []string{"--proxy-mode=ipvs", "--ipvs-scheduler=xx"}, fakeIPVS{}, "",
 			[]string{"ipvs.scheduler", "offers lc, rr"}, ""},
-		{"no IPVS", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: none, missing: missing}, config.ModeIPTables,
-			[]string{"level=WARN", "the kernel has no IPVS", "modprobe dummy ip_vs;", "choose mode iptables"}, "missing dummy,ip_vs"},
-		{"no IPVS, for another reason", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: none}, config.ModeIPTables,
-			[]string{"the kernel has no IPVS"}, "probe failed"},
-		{"no IPVS, and nothing else will do", []string{"--proxy-mode=ipvs", "--mode-fallback=false"}, fakeIPVS{errs: none, missing: missing}, "",
-			[]string{"mode ipvs cannot run here", "the kernel has no IPVS", "modprobe dummy ip_vs;", "modeFallback is off"}, ""},
+		{"no IPVS", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: none}, config.ModeIPTables,
+			[]string{"level=WARN", "the kernel has no IPVS", "choose mode iptables"}, "not possible on this node"},
+		{"no IPVS, and nothing else will do", []string{"--proxy-mode=ipvs", "--mode-fallback=false"}, fakeIPVS{errs: none}, "",
+			[]string{"mode ipvs cannot run here", "the kernel has no IPVS", "modeFallback is off"}, ""},
 		{"no IPVS for IPv6", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: map[model.Family]error{model.IPv6: none[model.IPv6]}}, config.ModeIPVS, nil, ""},
 		{"nftables", []string{"--proxy-mode=nftables"}, fakeIPVS{}, config.ModeIPTables,
 			[]string{"level=WARN", "nftables", "has the modes iptables and ipvs"}, "not in this version"},
@@ -181,11 +178,11 @@ func TestIPVSPlanes(t *testing.T) {
 		t.Fatalf("planes %v, error %v; want IPv4 alone", planes, err)
 	}
 	o := planes[0].engine.(ipvsEngine).options
-	if o.Scheduler != "lc" || !slices.Equal(o.Schedulers, []string{"lc", "rr"}) || o.MasqueradeBit != 14 || !o.Detector.Detects() ||
+	if o.Scheduler != "lc" || !o.Inside || !slices.Equal(o.Schedulers, []string{"lc", "rr"}) || o.MasqueradeBit != 14 || !o.Detector.Detects() ||
 		!slices.Equal(o.Exclude, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}) || o.Report != proxier.Reporter(planes[0]) {
 		t.Errorf("options %+v", o)
 	}
-	for _, says := range []string{"127.0.0.1", "loopback source", "left alone", "no ip6tables"} {
+	for _, says := range []string{"127.0.0.1", "loopback source", "left alone", "no ip6tables", "it cannot do this"} {
 		if len(a.families()) == 2 && strings.Count(log.String(), says) == 0 {
 			t.Errorf("the log does not say %q: %s", says, log)
 		}
