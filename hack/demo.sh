@@ -1,7 +1,11 @@
 #!/bin/bash
 # demo.sh [MODE]: builds hack/demo and runs it on bin/sluice and examples/. The
-# program makes its own network namespaces and takes everything away again.
+# program makes its own network namespaces and takes everything away again; mode
+# ipvs runs in a virtual machine where this machine's kernel has no IPVS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 go build -o bin/demo ./hack/demo
-exec bin/demo --agent bin/sluice --manifests examples --mode "${1:-iptables}"
+mode=${1:-iptables}
+# On a kernel without IPVS that mode is shown in User-Mode Linux, which is slow.
+[ "$mode" = ipvs ] && set -- --limit 3m || set --
+exec bin/demo --agent bin/sluice --manifests examples --mode "$mode" "$@"

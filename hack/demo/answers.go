@@ -190,6 +190,11 @@ func (w *world) whoAnswers(ctx context.Context, p *printer) error {
 	if err != nil {
 		return err
 	}
+	if w.o.mode == modeIPVS {
+		if err := w.schedulers(ctx, t); err != nil {
+			return err
+		}
+	}
 	w.showRefusal(t)
 	w.showHealthPort(ctx, t)
 	return ctx.Err()

@@ -18,7 +18,11 @@ import (
 func (w *world) whatChanges(ctx context.Context, p *printer) error {
 	p.heading("What changes, and how long until traffic follows")
 	t := p.table(wide, "       ", "")
-	for _, step := range []func(context.Context, *table) error{w.moveEndpoint, w.flush, w.kill} {
+	steps := []func(context.Context, *table) error{w.moveEndpoint, w.flush, w.kill}
+	if w.o.mode == modeIPVS {
+		steps = []func(context.Context, *table) error{w.moveEndpoint, w.leave, w.cutDevice, w.kill}
+	}
+	for _, step := range steps {
 		if err := step(ctx, t); err != nil {
 			return err
 		}

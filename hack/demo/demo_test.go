@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/sluice-proxy/sluice/test/netlab"
+	"github.com/sluice-proxy/sluice/test/uml"
 )
 
 // asDemo makes this test binary be the demo, for tests that need a process.
@@ -37,7 +38,7 @@ func agentProgram(t *testing.T) string {
 		}
 	}
 	path := filepath.Join(t.TempDir(), "sluice")
-	if out, err := exec.Command("go", "build", "-o", path, "../../cmd/sluice").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-race=false", "-o", path, "../../cmd/sluice").CombinedOutput(); err != nil {
 		t.Fatalf("build the agent: %v\n%s", err, out)
 	}
 	return path
@@ -70,6 +71,45 @@ func TestDemo(t *testing.T) {
 	compareREADME(t, out.String())
 	if t.Failed() {
 		t.Log(out.String())
+	}
+	leavesNothing(t)
+}
+
+// TestDemoIPVS shows the mode on a kernel that has it, which takes a while.
+func TestDemoIPVS(t *testing.T) {
+	if !uml.Native() {
+		if err := uml.Supported(); err != nil {
+			t.Skip("SKIPPED, mode ipvs is not shown: this machine's kernel has no IPVS, and ", err)
+		}
+	}
+	agent := agentProgram(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	// The race detector does not run in User-Mode Linux.
+	self := filepath.Join(filepath.Dir(agent), "demo")
+	if out, err := exec.Command("go", "build", "-race=false", "-o", self, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build the demo: %v\n%s", err, out)
+	}
+	var out, errs bytes.Buffer
+	status := execute(options{agent: agent, manifests: "../../examples", extra: "manifests", mode: modeIPVS, limit: 4 * time.Minute, self: self}, &out, &errs)
+	if status != allWell {
+		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
+	}
+	text := strings.ReplaceAll(out.String(), "\r", "")
+	for _, want := range []string{
+		`(?m)^  ok  ClusterIP .* web-1 \d+  web-2 \d+  web-3 \d+ +kept$`,
+		`(?m)^  ok  externalTrafficPolicy: Local .* web-1 \d+  web-2 \d+ +kept$`,
+		`(?m)^  ok  scheduler wrr, weights 3 1 1 .* web-1 180  web-2 60  web-3 60 `,
+		`(?m)^  ok  scheduler sh: by source .* web-\d 100 `,
+		`(?m)^  ok  an endpoint with open connections is removed`, `(?m)^  ok  ip link del kube-ipvs0, by hand`,
+		`(?m)^  \$ curl -s localhost:10249/proxyMode\n  ipvs$`, `10\.96\.7\.70:80 wrr`,
+		`(?m)^  ok  sluice --cleanup`,
+	} {
+		if !regexp.MustCompile(want).MatchString(text) {
+			t.Errorf("nothing matches %s", want)
+		}
+	}
+	if t.Failed() {
+		t.Log(text)
 	}
 	leavesNothing(t)
 }
@@ -243,7 +283,7 @@ func (b *trigger) Write(p []byte) (int, error) {
 }
 
 func TestOtherModes(t *testing.T) {
-	for _, mode := range []string{"ipvs", "nftables", "userspace"} {
+	for _, mode := range []string{"nftables", "userspace"} {
 		var out, errs bytes.Buffer
 		if got := execute(options{mode: mode}, &out, &errs); got != cannotRun || !strings.Contains(errs.String(), "not in this version") {
 			t.Errorf("%s: status %d: %s", mode, got, errs.String())

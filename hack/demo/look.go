@@ -4,18 +4,26 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 )
 
+// look is a page, and what it must say.
+type look struct{ path, wants string }
+
 // whatToSee shows some of what a person can look at on a node.
 func (w *world) whatToSee(ctx context.Context, p *printer) error {
 	p.heading("What you can look at on a node")
-	for _, look := range []struct{ path, wants string }{
+	looks := []look{
 		{"/proxyMode", w.o.mode},
 		{"/sluice/services", "default/web:http"},
 		{"/sluice/services/default/front", "because: externalTrafficPolicy Local"},
-	} {
+	}
+	if w.o.mode == modeIPVS {
+		looks = append(looks, look{"/sluice/services/default/mistaken", "IGNORED: "}, look{"/sluice/ipvs", "10.244.1.11:7000"})
+	}
+	for _, look := range looks {
 		text, err := w.page(ctx, look.path)
 		if err != nil {
 			return err
@@ -24,6 +32,9 @@ func (w *world) whatToSee(ctx context.Context, p *printer) error {
 		if !strings.Contains(text, look.wants) {
 			p.fail(look.path, fmt.Errorf("the page does not say %q", look.wants))
 		}
+	}
+	if w.o.mode == modeIPVS {
+		return w.showServer(ctx, p)
 	}
 	return w.showChain(ctx, p)
 }
@@ -54,44 +65,62 @@ func (w *world) showChain(ctx context.Context, p *printer) error {
 func (w *world) end(ctx context.Context, p *printer) error {
 	p.heading("The end")
 	t := p.table(wide, "       ", "")
-	had, err := w.chains(ctx)
+	had, err := w.list(ctx)
 	if err != nil {
 		return err
 	}
 	w.agent.stop(syscall.SIGTERM)
-	left, err := w.chains(ctx)
+	left, err := w.list(ctx)
 	if err != nil {
 		return err
 	}
 	stopped := w.agent.err
-	if left != had {
-		stopped = errors.Join(stopped, fmt.Errorf("of %d chains %d are left", had, left))
+	if !slices.Equal(left, had) {
+		stopped = errors.Join(stopped, fmt.Errorf("of %d %s %d are left", len(had), w.objects(), len(left)))
 	}
-	t.add(row{[]string{"SIGTERM: the agent stops, its rules stay", "", fmt.Sprintf("%d chains before, %d after", had, left)}, stopped})
+	t.add(row{[]string{"SIGTERM: the agent stops, its rules stay", "", fmt.Sprintf("%d %s before, %d after", len(had), w.objects(), len(left))}, stopped})
 	_, err = w.lab.Host(node).Run(ctx, w.o.agent, "--cleanup")
 	if err == nil {
-		if left, err = w.chains(ctx); err == nil && left != 0 {
-			err = fmt.Errorf("%d chains are left", left)
+		if left, err = w.list(ctx); err == nil && len(left) > 0 {
+			err = fmt.Errorf("left: %s", strings.Join(left, ", "))
 		}
 	}
-	t.add(row{[]string{"sluice --cleanup: they go", "", fmt.Sprintf("%d chains", left)}, err})
+	t.add(row{[]string{"sluice --cleanup: they go", "", fmt.Sprintf("%d %s", len(left), w.objects())}, err})
 	return nil
 }
 
-// chains counts the agent's chains on the node, of both families. KUBE-FIREWALL is
+// objects says what list lists.
+func (w *world) objects() string {
+	if w.o.mode == modeIPVS {
+		return "chains and virtual servers"
+	}
+	return "chains"
+}
+
+func (w *world) list(ctx context.Context) ([]string, error) {
+	chains, err := w.chains(ctx)
+	if err != nil || w.o.mode != modeIPVS {
+		return chains, err
+	}
+	servers, err := w.virtualServers(ctx)
+	return append(chains, servers...), err
+}
+
+// chains lists the agent's chains on the node, of both families. KUBE-FIREWALL is
 // the kubelet's as well, and stays. In an empty namespace the agent takes the
 // variant that the command iptables is.
-func (w *world) chains(ctx context.Context) (n int, err error) {
+func (w *world) chains(ctx context.Context) (list []string, err error) {
 	for _, program := range []string{"iptables-save", "ip6tables-save"} {
 		text, err := w.lab.Host(node).Run(ctx, program)
 		if err != nil {
-			return 0, err
+			return nil, err
 		}
 		for line := range strings.Lines(text) {
 			if strings.HasPrefix(line, ":KUBE-") && !strings.HasPrefix(line, ":KUBE-FIREWALL ") {
-				n++
+				name, _, _ := strings.Cut(line[1:], " ")
+				list = append(list, name)
 			}
 		}
 	}
-	return n, nil
+	return list, nil
 }

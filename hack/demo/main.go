@@ -28,17 +28,23 @@ func main() {
 	flag.StringVar(&o.agent, "agent", "bin/sluice", "the agent's program")
 	flag.StringVar(&o.manifests, "manifests", "examples", "the folder of manifests; a copy is used")
 	flag.StringVar(&o.mode, "mode", "iptables", "the agent's proxy mode")
+	flag.StringVar(&o.extra, "extra", ipvsManifests, "the folder of manifests besides, in mode ipvs")
 	flag.DurationVar(&o.limit, "limit", 30*time.Second, "how long the whole may take")
 	flag.Parse()
 	o.color = wantsColor(os.Stdout)
+	if color, ok := os.LookupEnv(colorEnv); ok {
+		o.color = color == "yes"
+	}
 	os.Exit(execute(o, os.Stdout, os.Stderr))
 }
 
 // options are what a demo needs to know.
 type options struct {
 	agent, manifests, mode string
+	extra                  string // manifests of mode ipvs
 	limit                  time.Duration
 	color                  bool
+	self                   string // this program, to start it elsewhere; "": that of this process
 }
 
 // Exit statuses.
@@ -50,9 +56,14 @@ const (
 )
 
 func execute(o options, stdout, stderr io.Writer) int {
-	if o.mode != "iptables" {
-		fmt.Fprintf(stderr, "demo: mode %q is not in this version of Sluice, which has iptables: make demo MODE=iptables\n", o.mode)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	if o.mode != modeIPTables && o.mode != modeIPVS {
+		fmt.Fprintf(stderr, "demo: mode %q is not in this version of Sluice, which has iptables and ipvs: make demo MODE=ipvs\n", o.mode)
 		return cannotRun
+	}
+	if needsMachine(o) {
+		return inMachine(ctx, o, stdout, stderr)
 	}
 	if err := netlab.Supported(); err != nil {
 		inUserNamespace(stderr) // returns only if it cannot
@@ -60,8 +71,6 @@ func execute(o options, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "demo: it needs root, or a kernel that gives plain users namespaces (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0)")
 		return cannotRun
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	defer stop()
 	ctx, cancel := context.WithTimeoutCause(ctx, o.limit, fmt.Errorf("it took longer than %s", o.limit))
 	defer cancel()
 	err := show(ctx, o, stdout)
@@ -78,8 +87,11 @@ func execute(o options, stdout, stderr io.Writer) int {
 	return notAsWanted
 }
 
-// insideEnv keeps a demo from starting itself anew for ever.
-const insideEnv = "SLUICE_DEMO_INSIDE"
+// What a demo tells the one that it starts in its place.
+const (
+	insideEnv = "SLUICE_DEMO_INSIDE" // keeps it from starting itself anew for ever
+	colorEnv  = "SLUICE_DEMO_COLOR"  // "yes" or "no": the terminal, or file, is at the other end
+)
 
 // inUserNamespace replaces this process by one that is root in namespaces of its
 // own, and may build others. It returns only if that is not possible.

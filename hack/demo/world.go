@@ -63,6 +63,11 @@ func build(o options) (w *world, err error) {
 	if err = copyManifests(o.manifests, w.manifests()); err != nil {
 		return w, err
 	}
+	if o.mode == modeIPVS {
+		if err = copyManifests(o.extra, w.manifests()); err != nil {
+			return w, err
+		}
+	}
 	if w.lab, err = netlab.New(hosts()); err != nil {
 		return w, err
 	}
@@ -145,7 +150,7 @@ func (w *world) manifests() string { return filepath.Join(w.dir, "manifests") }
 func (w *world) logFile() string   { return filepath.Join(w.dir, "agent.log") }
 
 func copyManifests(from, to string) error {
-	if err := os.Mkdir(to, 0o755); err != nil {
+	if err := os.MkdirAll(to, 0o755); err != nil {
 		return err
 	}
 	files, err := filepath.Glob(filepath.Join(from, "*.yaml"))
