@@ -111,13 +111,13 @@ func (f *fakeKernel) do(o op) error {
 		if f.sets[o.set] == nil {
 			return errors.New("BUG: no such set")
 		}
-		for e := range f.sets[o.set] {
-			same := e
-			same.mark = o.entry.mark
-			if same == o.entry {
-				delete(f.sets[o.set], e)
-			}
+		if o.set == setInside { // a mark is not part of an element's identity
+			maps.DeleteFunc(f.sets[o.set], func(e entry, _ bool) bool {
+				e.mark = o.entry.mark
+				return e == o.entry
+			})
 		}
+		delete(f.sets[o.set], o.entry)
 		if o.kind == addEntry {
 			f.sets[o.set][o.entry] = true
 		}

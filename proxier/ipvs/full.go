@@ -170,7 +170,7 @@ func (x *Proxier) missing(c compiler, plans []*plan.Plan, have *actual) []op {
 			e := s.entry
 			e.mark = mark
 			if !have.has(s, e) {
-				o.put = append(o.put, s.op(e, true, &p.PortKey))
+				o.add(s.op(e, true, &p.PortKey))
 			}
 		})
 		for i := range rs.servers {
@@ -205,7 +205,7 @@ func (x *Proxier) amend(o *opList, s *server, live *liveServer, p *plan.Plan) {
 		switch {
 		case d.foreign:
 			// It is not reached by NAT, and what is wanted in its place has the same key.
-			o.put = append(o.put, op{kind: delDest, key: s.serverKey, dest: destination{at: at}})
+			o.add(op{kind: delDest, key: s.serverKey, dest: destination{at: at}})
 		case !wanted && d.weight == 0:
 			x.stillLeaving(o, s.serverKey, at, d, p)
 		default:
@@ -220,7 +220,7 @@ func (x *Proxier) amend(o *opList, s *server, live *liveServer, p *plan.Plan) {
 func (x *Proxier) stillLeaving(o *opList, k serverKey, at netip.AddrPort, d liveDest, p *plan.Plan) {
 	if p.Protocol == model.UDP || d.active+d.inactive == 0 {
 		x.drains.drop(k, at)
-		o.late = append(o.late, op{kind: delDest, key: k, dest: destination{at: at}})
+		o.leave(op{kind: delDest, key: k, dest: destination{at: at}})
 		return
 	}
 	x.drains.add(k, at, x.now())
@@ -232,13 +232,13 @@ func (x *Proxier) surplus(have *actual) []op {
 	for _, k := range slices.SortedFunc(maps.Keys(have.servers), serverKey.compare) {
 		if x.ledger.winner(k) == nil && x.ours(k, have) && !x.excluded(k) {
 			x.drains.dropServer(k)
-			o.del = append(o.del, op{kind: delServer, key: k})
+			o.add(op{kind: delServer, key: k})
 		}
 	}
 	for _, a := range slices.SortedFunc(maps.Keys(have.addrs), netip.Addr.Compare) {
 		s := shared{setCount, entry{addr: a}}
 		if x.ledger.needs[s] == 0 && have.ourAddr(a) && !x.excluded(serverKey{addr: a}) {
-			o.del = append(o.del, s.op(s.entry, false, nil))
+			o.add(s.op(s.entry, false, nil))
 		}
 	}
 	for id, set := range have.sets {
@@ -246,7 +246,7 @@ func (x *Proxier) surplus(have *actual) []op {
 			s := shared{setID(id), e}
 			s.mark = 0
 			if x.ledger.needs[s] == 0 {
-				o.del = append(o.del, s.op(s.entry, false, nil))
+				o.add(s.op(s.entry, false, nil))
 			}
 		}
 	}

@@ -195,9 +195,9 @@ func (r *round) shareOps(o *opList, s shared) {
 	e.mark = r.marks[s]
 	switch {
 	case now > 0 && (before == 0 || e.mark != 0):
-		o.put = append(o.put, s.op(e, true, &r.owners[s].PortKey))
+		o.add(s.op(e, true, &r.owners[s].PortKey))
 	case now == 0 && before > 0:
-		o.del = append(o.del, s.op(e, false, nil))
+		o.add(s.op(e, false, nil))
 	}
 }
 
@@ -241,12 +241,12 @@ func (x *Proxier) replace(o *opList, k serverKey, old, new *server, owner *plan.
 	if new == nil {
 		if old != nil {
 			x.drains.dropServer(k)
-			o.del = append(o.del, op{kind: delServer, key: k})
+			o.add(op{kind: delServer, key: k})
 		}
 		return
 	}
 	if old == nil || old.settings != new.settings {
-		o.put = append(o.put, op{kind: putServer, key: k, settings: new.settings, owner: &owner.PortKey})
+		o.add(op{kind: putServer, key: k, settings: new.settings, owner: &owner.PortKey})
 	}
 	had := map[netip.AddrPort]uint32{}
 	if old != nil {
@@ -256,7 +256,7 @@ func (x *Proxier) replace(o *opList, k serverKey, old, new *server, owner *plan.
 	}
 	for _, d := range new.destinations {
 		if weight, ok := had[d.at]; !ok || weight != d.weight {
-			o.put = append(o.put, op{kind: putDest, key: k, dest: d, owner: &owner.PortKey})
+			o.add(op{kind: putDest, key: k, dest: d, owner: &owner.PortKey})
 			x.drains.drop(k, d.at)
 		}
 		delete(had, d.at)
@@ -270,28 +270,39 @@ func (x *Proxier) replace(o *opList, k serverKey, old, new *server, owner *plan.
 // connections to speak of, else when they have ended.
 func (x *Proxier) leave(o *opList, k serverKey, at netip.AddrPort, owner *plan.Plan) {
 	if owner.Protocol == model.UDP {
-		o.late = append(o.late, op{kind: delDest, key: k, dest: destination{at: at}})
+		o.leave(op{kind: delDest, key: k, dest: destination{at: at}})
 		return
 	}
 	x.drains.add(k, at, x.now())
-	o.late = append(o.late, op{kind: putDest, key: k, dest: destination{at: at}})
+	o.leave(op{kind: putDest, key: k, dest: destination{at: at}})
 }
 
-// opList collects ops by when they may be done.
-type opList struct {
-	put  []op // entries, addresses, servers, destinations that come
-	late []op // destinations that go
-	del  []op // servers, addresses, entries that go
-}
+// opList collects ops in the order in which they may be done: what comes, from
+// the sets to the destinations, then destinations that go, then the rest that
+// goes, from the virtual servers to the sets.
+type opList [leaving + 1][]op
 
-// rank is the order within each list.
-var rank = map[opKind]int{addEntry: 0, addAddr: 1, putServer: 2, putDest: 3, delDest: 4, delServer: 5, delAddr: 6, delEntry: 7}
+// leaving is the place of destinations that go, by a weight of 0 or at once.
+// delDest's own is for those that make room for one that comes.
+const leaving = delDest + 1
 
-func (o *opList) ordered() []op {
-	byRank := func(a, b op) int { return cmp.Compare(rank[a.kind], rank[b.kind]) }
-	slices.SortStableFunc(o.put, byRank)
-	slices.SortStableFunc(o.del, byRank)
-	return slices.Concat(o.put, o.late, o.del)
+var places = [...]opKind{addEntry, addAddr, putServer, delDest, putDest, leaving, delServer, delAddr, delEntry}
+
+func (l *opList) add(o op) { l[o.kind] = append(l[o.kind], o) }
+
+// leave adds an op on a destination that goes.
+func (l *opList) leave(o op) { l[leaving] = append(l[leaving], o) }
+
+func (l *opList) ordered() []op {
+	n := 0
+	for _, list := range l {
+		n += len(list)
+	}
+	out := make([]op, 0, n)
+	for _, place := range places {
+		out = append(out, l[place]...)
+	}
+	return out
 }
 
 func (k serverKey) compare(o serverKey) int {
