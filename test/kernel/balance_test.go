@@ -6,7 +6,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +18,7 @@ import (
 )
 
 // service is a Service of the tests here: port 80 of one or more addresses, with
-// the endpoints port 8080 of some of the hosts a, b and c.
+// the endpoints port 8080 of some of the hosts.
 type service struct {
 	name      string
 	scheduler string // annotations; none if empty
@@ -27,10 +26,11 @@ type service struct {
 	weights   string
 	addrs     []string // the first is its ClusterIP, the others are externalIPs
 	endpoints string   // "a b c"
+	local     bool     // externalTrafficPolicy Local
 }
 
-// hosts are pods of the node.
-var hosts = map[string]string{"a": "10.244.1.21", "b": "10.244.1.22", "c": "10.244.1.23"}
+// hosts are pods, of the node and, as for d, of another.
+var hosts = map[string]string{"a": "10.244.1.21", "b": "10.244.1.22", "c": "10.244.1.23", "d": "10.244.2.24"}
 
 // sources are addresses that the client has, besides its own.
 func sources(n int) []netip.Addr {
@@ -49,11 +49,15 @@ func scenario(t *testing.T, list []service) *scenarios.Scenario {
 	for _, s := range list {
 		fmt.Fprintf(&b, "---\nkind: Service\nmetadata:\n  name: %s\n  namespace: ns\n  annotations: {\"sluice.io/ipvs-scheduler\": \"%s\", \"sluice.io/ipvs-sched-flags\": \"%s\", \"sluice.io/ipvs-weights\": \"%s\"}\n",
 			s.name, s.scheduler, s.flags, s.weights)
-		fmt.Fprintf(&b, "spec: {clusterIP: %s, clusterIPs: [%s], externalIPs: [%s], ports: [{port: 80}]}\n",
-			s.addrs[0], s.addrs[0], strings.Join(s.addrs[1:], ", "))
+		policy := "Cluster"
+		if s.local {
+			policy = "Local"
+		}
+		fmt.Fprintf(&b, "spec: {clusterIP: %s, clusterIPs: [%s], externalIPs: [%s], externalTrafficPolicy: %s, ports: [{port: 80}]}\n",
+			s.addrs[0], s.addrs[0], strings.Join(s.addrs[1:], ", "), policy)
 		fmt.Fprintf(&b, "---\nkind: EndpointSlice\nmetadata: {name: %s-4, namespace: ns, labels: {kubernetes.io/service-name: %s}}\naddressType: IPv4\nports: [{name: \"\", port: 8080}]\nendpoints:\n", s.name, s.name)
 		for _, h := range strings.Fields(s.endpoints) {
-			fmt.Fprintf(&b, "- {addresses: [%s], nodeName: node1, targetRef: {kind: Pod, name: %s}}\n", hosts[h], h)
+			fmt.Fprintf(&b, "- {addresses: [%s], nodeName: node%c, targetRef: {kind: Pod, name: %s}}\n", hosts[h], hosts[h][len("10.244.")], h)
 		}
 	}
 	s, err := scenarios.Parse("test", []byte(strings.Replace(b.String(), "---\n", "", 1)))
@@ -77,7 +81,7 @@ type world struct {
 	services []service // as of newWorld
 }
 
-// newWorld builds the cluster of the Services, with servers on a, b and c, and
+// newWorld builds the cluster of the Services, with servers on the hosts, and
 // programs its node.
 func newWorld(t *testing.T, list []service, options ...func(*ipvs.Options)) *world {
 	t.Helper()
@@ -265,44 +269,23 @@ func (w *world) until(done func() bool) {
 	}
 }
 
-// destination is a real server, as /proc/net/ip_vs shows it.
+// destination is a real server, as the kernel has it.
 type destination struct{ weight, active, inactive int }
 
 // destinations reads a virtual server from the kernel; nil if it is not there.
 func (w *world) destinations(of netip.AddrPort) map[string]destination {
 	w.t.Helper()
-	var list map[string]destination
-	found := false
-	for line := range strings.Lines(w.servers()) {
-		f := strings.Fields(line)
-		switch {
-		case f[0] == "TCP":
-			if found = hexAddrPort(f[1]) == of; found {
-				list = map[string]destination{}
-			}
-		case f[0] != "->":
-			found = false
-		case found:
-			var d destination
-			var err error
-			for i, to := range []*int{&d.weight, &d.active, &d.inactive} {
-				if *to, err = strconv.Atoi(f[3+i]); err != nil {
-					w.t.Fatal(err)
-				}
-			}
-			list[w.hostAt(hexAddrPort(f[1]).Addr())] = d
+	for _, s := range w.servers() {
+		if s.at() != of {
+			continue
 		}
+		list := map[string]destination{}
+		for _, d := range s.destinations {
+			list[w.hostAt(addrPort(d.Address, d.Port).Addr())] = destination{d.Weight, d.ActiveConnections, d.InactiveConnections}
+		}
+		return list
 	}
-	return list
-}
-
-// hexAddrPort reads "0A600001:0050"; invalid for anything else.
-func hexAddrPort(text string) netip.AddrPort {
-	n, err := strconv.ParseUint(strings.Replace(text, ":", "", 1), 16, 48)
-	if err != nil {
-		return netip.AddrPort{}
-	}
-	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{byte(n >> 40), byte(n >> 32), byte(n >> 24), byte(n >> 16)}), uint16(n))
+	return nil
 }
 
 func (w *world) hostAt(a netip.Addr) string {

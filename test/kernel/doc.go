@@ -7,4 +7,8 @@
 //
 // It needs network namespaces (root, or "unshare -Ur"), and skips loudly where
 // there are none. SCTP flows are skipped where the kernel has no SCTP sockets.
+// What needs IPVS is run by TestIPVS on a kernel that has it, the machine's own
+// or one that is booted for it (package uml): the scenarios with the ipvs
+// proxier, and tests of what is only there: schedulers, termination, and whose a
+// virtual server is.
 package kernel

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/proxier/iptables"
 	"github.com/sluice-proxy/sluice/proxier/ipvs"
 )
 
@@ -26,6 +26,7 @@ type others struct{ w *world }
 const (
 	othersSet    = "OTHERS"
 	othersDevice = "others0"
+	othersServer = "192.0.2.200" // where their virtual servers lead
 	proxyDevice  = "kube-ipvs0"
 )
 
@@ -91,7 +92,7 @@ func (o others) server(s *libipvs.Service) {
 			return err
 		}
 		defer h.Close()
-		d := &libipvs.Destination{Address: net.ParseIP("192.0.2.200").To4(), Port: 80, Weight: 7, ConnectionFlags: libipvs.ConnectionFlagMasq, AddressFamily: unix.AF_INET}
+		d := &libipvs.Destination{Address: net.ParseIP(othersServer).To4(), Port: 80, Weight: 7, ConnectionFlags: libipvs.ConnectionFlagMasq, AddressFamily: unix.AF_INET}
 		return errors.Join(h.NewService(s), h.NewDestination(s, d))
 	})
 	if err != nil {
@@ -103,11 +104,7 @@ func (o others) server(s *libipvs.Service) {
 func (o others) state() string {
 	o.w.t.Helper()
 	var b strings.Builder
-	for _, block := range o.w.serverBlocks() {
-		if strings.Contains(block, "C00002C8:0050") { // their destination
-			b.WriteString(block)
-		}
-	}
+	b.WriteString(o.w.serverTexts(true))
 	for _, device := range []string{othersDevice, proxyDevice, "lo"} {
 		for _, a := range o.w.addrs(device) {
 			if strings.HasPrefix(a, "192.0.2.") {
@@ -132,21 +129,18 @@ func (o others) state() string {
 	return b.String()
 }
 
-// serverBlocks are the virtual servers of the node, with their destinations, as
-// the kernel prints them, sorted.
-func (w *world) serverBlocks() []string {
+// serverTexts are the virtual servers that are others', or those that are not,
+// sorted.
+func (w *world) serverTexts(foreign bool) string {
 	w.t.Helper()
-	var blocks []string
-	for line := range strings.Lines(w.servers()) {
-		switch f := strings.Fields(line); {
-		case f[0] == "->" && len(blocks) > 0:
-			blocks[len(blocks)-1] += line
-		case f[0] == "TCP", f[0] == "UDP", f[0] == "SCTP", f[0] == "FWM":
-			blocks = append(blocks, line)
+	var list []string
+	for _, s := range w.servers() {
+		if s.foreign() == foreign {
+			list = append(list, s.String())
 		}
 	}
-	slices.Sort(blocks)
-	return blocks
+	slices.Sort(list)
+	return strings.Join(list, "")
 }
 
 // addrs are a device's addresses; none if there is no such device.
@@ -175,28 +169,48 @@ func (w *world) addrs(device string) (list []string) {
 func (w *world) ours() string {
 	w.t.Helper()
 	var b strings.Builder
-	for _, block := range w.serverBlocks() {
-		if !strings.Contains(block, "C00002C8:0050") {
-			b.WriteString(block)
-		}
-	}
+	b.WriteString(w.serverTexts(false))
 	for _, a := range w.addrs(proxyDevice) {
 		if !strings.HasPrefix(a, "192.0.2.") {
 			fmt.Fprintln(&b, proxyDevice, a)
 		}
 	}
-	for _, argv := range [][]string{{"ipset", "list", "-n"}, {"iptables-legacy-save"}} {
-		out, err := w.node.Run(w.t.Context(), argv[0], argv[1:]...)
-		if err != nil {
-			w.t.Error(err)
+	sets, err := w.node.Run(w.t.Context(), "ipset", "list", "-n")
+	if err != nil {
+		w.t.Error(err)
+	}
+	var list []string
+	for line := range strings.Lines(sets) {
+		if strings.HasPrefix(line, "KUBE-") {
+			list = append(list, "set "+line)
 		}
-		for line := range strings.Lines(out) {
-			if strings.Contains(line, "KUBE-") {
-				b.WriteString(line)
+	}
+	rules, err := w.node.Run(w.t.Context(), "iptables-legacy-save")
+	if err != nil {
+		w.t.Error(err)
+	}
+	for table := range strings.SplitSeq(rules, "\n*") { // tables come in the order in which they were made
+		name, content, _ := strings.Cut(strings.TrimPrefix(table, "*"), "\n")
+		for line := range strings.Lines(content) {
+			// KUBE-FIREWALL is the kubelet's as well, and stays.
+			if strings.Contains(line, "KUBE-") && !strings.Contains(line, "KUBE-FIREWALL") {
+				list = append(list, name+" "+line)
 			}
 		}
 	}
-	return b.String()
+	// The order of tables, of chains and of jumps from built-in chains says who came
+	// first; that of other rules counts.
+	slices.SortStableFunc(list, func(a, b string) int { return strings.Compare(rank(a), rank(b)) })
+	return b.String() + strings.Join(list, "")
+}
+
+// rank is what lines of ours are sorted by.
+func rank(line string) string {
+	f := strings.Fields(line)
+	if f[1] == "-A" && strings.HasPrefix(f[2], "KUBE-") {
+		return strings.Join(f[:3], " ")
+	}
+	return line
 }
 
 // reports are what a proxier reported of ports that it set aside.
@@ -209,6 +223,7 @@ func foreignServices(endpoints string) []service {
 	return []service{
 		{name: "web", addrs: []string{"10.96.3.1", "203.0.113.61", "172.18.0.11"}, endpoints: endpoints},
 		{name: "taken", addrs: []string{"10.96.3.2", "203.0.113.60"}, endpoints: endpoints},
+		{name: "local", addrs: []string{"10.96.3.3", "203.0.113.62"}, endpoints: endpoints + " d", local: true},
 	}
 }
 
@@ -222,7 +237,7 @@ func TestForeign(t *testing.T) {
 	o := others{w}
 	o.arrive()
 	want := o.state()
-	if n := strings.Count(want, "C00002C8"); n != 6 {
+	if n := strings.Count(want, othersServer); n != 6 {
 		t.Fatalf("others have %d virtual servers, not 6:\n%s", n, want)
 	}
 	same := func(after string) {
@@ -250,15 +265,109 @@ func TestForeign(t *testing.T) {
 	same("a restart")
 	w.sync(nil)
 	same("the end of all Services")
-	w.sync(list)
-	w.clean()
-	same("cleanup")
-	if left := w.ours(); left != "" {
-		t.Errorf("after cleanup there is\n%s", left)
+}
+
+// TestCleanup: nothing of ours stays, and everything of others, also when the
+// proxier starts again.
+func TestCleanup(t *testing.T) {
+	list := foreignServices("a b")
+	for _, tc := range []struct {
+		what  string
+		clean func(*ipvs.Proxier) error
+	}{
+		{"by the proxier", func(p *ipvs.Proxier) error { return p.Cleanup(t.Context()) }},
+		{"of the host", func(*ipvs.Proxier) error { return ipvs.CleanupHost(t.Context(), model.IPv4) }},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			w := newIdleWorld(t, list)
+			o := others{w}
+			o.arrive()
+			w.sync(list)
+			o.arriveLate()
+			want := o.state()
+			for range 2 { // the second time there is nothing
+				w.do(func() error { return tc.clean(w.p) })
+				if got := o.state(); got != want {
+					t.Errorf("others have\n%s\ninstead of\n%s", got, want)
+				}
+			}
+			if left := w.ours(); left != "" {
+				t.Errorf("there is still\n%s", left)
+			}
+			w.restart()
+			w.sync(list)
+			if got := o.state(); got != want {
+				t.Errorf("after another start others have\n%s\ninstead of\n%s", got, want)
+			}
+		})
 	}
-	w.restart(report)
-	w.clean()
-	same("cleanup of nothing")
+}
+
+// TestModeChange: from iptables mode to ipvs mode and back. What others have stays,
+// and nothing stays of the mode before. Connections of iptables mode go on in
+// ipvs mode; those of ipvs mode end with it.
+func TestModeChange(t *testing.T) {
+	list := []service{
+		{name: "web", addrs: []string{"10.96.3.1", "203.0.113.61"}, endpoints: "a b"},
+		{name: "local", addrs: []string{"10.96.3.2", "203.0.113.62"}, endpoints: "a d", local: true},
+	}
+	w := newIdleWorld(t, list)
+	o := others{w}
+	o.arrive()
+	want := o.state()
+	same := func(after string) {
+		t.Helper()
+		if got := o.state(); got != want {
+			t.Errorf("after %s others have\n%s\ninstead of\n%s", after, got, want)
+		}
+	}
+	before := w.iptablesMode(list)
+	same("the start of iptables mode")
+	h := w.hold(3, sources(1)[0], vip("10.96.3.1"))
+
+	w.sync(list)
+	w.do(func() error { _, err := iptables.RemoveObjects(t.Context(), model.IPv4); return err })
+	same("the change to ipvs mode")
+	h.wantAlive(t)
+	wantTally(t, "ipvs mode", w.short(4, sources(1)[0], vip("10.96.3.1")), tally{"a": 2, "b": 2})
+	for _, rest := range []string{":KUBE-SVC-", ":KUBE-SEP-", "KUBE-EXTERNAL-SERVICES", "KUBE-NODEPORTS"} {
+		if strings.Contains(w.ours(), rest) {
+			t.Errorf("%s is still there in ipvs mode:\n%s", rest, w.ours())
+		}
+	}
+	fresh := newWorld(t, list) // the same without a past
+	if got, want := w.ours(), fresh.ours(); got != want {
+		t.Errorf("ipvs mode after iptables mode has\n%s\ninstead of\n%s", got, want)
+	}
+
+	o.arriveLate()
+	want = o.state()
+	after := w.iptablesMode(list)
+	w.do(func() error { _, err := ipvs.RemoveOther(t.Context(), model.IPv4); return err })
+	same("the change to iptables mode")
+	for range 8 {
+		if c, err := w.open(sources(1)[0], vip("10.96.3.1")); err != nil {
+			t.Errorf("iptables mode: %v", err)
+		} else if err := c.Reset(); err != nil {
+			t.Error(err)
+		}
+	}
+	if after != before || after != w.ours() {
+		t.Errorf("iptables mode after ipvs mode has\n%s\ninstead of\n%s", w.ours(), before)
+	}
+}
+
+// iptablesMode makes the node serve by iptables, and returns what that has.
+func (w *world) iptablesMode(list []service) string {
+	w.t.Helper()
+	s := scenario(w.t, list)
+	p, err := newIPTables("legacy")(s, model.IPv4)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.do(func() error { return p.Sync(w.t.Context(), s.Set(model.IPv4)) })
+	w.t.Cleanup(func() { w.do(func() error { return p.Cleanup(context.Background()) }) })
+	return w.ours()
 }
 
 // TestHostPorts: what listens on all of the node's addresses is not reached by
@@ -289,35 +398,74 @@ func TestHostPorts(t *testing.T) {
 	}
 }
 
+// do does something on the node.
+func (w *world) do(f func() error) {
+	w.t.Helper()
+	if err := w.node.Do(f); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 // force lets the proxier compare everything.
 func (w *world) force() {
 	w.t.Helper()
-	err := w.node.Do(func() error {
+	w.do(func() error {
 		_, err := w.p.Check(w.t.Context(), true)
 		return err
 	})
-	if err != nil {
-		w.t.Fatal(err)
-	}
 }
 
-func (w *world) clean() {
+// servers are the node's virtual servers with their destinations, read by another
+// library than the proxier's. /proc/net/ip_vs is no help: Linux 6.1 leaves out
+// some where network namespaces have some each.
+func (w *world) servers() (list []server) {
 	w.t.Helper()
-	if err := w.node.Do(func() error { return w.p.Cleanup(context.Background()) }); err != nil {
-		w.t.Fatal(err)
-	}
-}
-
-// servers is the kernel's own list.
-func (w *world) servers() string {
-	w.t.Helper()
-	var text []byte
-	err := w.node.Do(func() (err error) {
-		text, err = os.ReadFile("/proc/thread-self/net/ip_vs")
-		return err
+	w.do(func() error {
+		h, err := libipvs.New("")
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		found, err := h.GetServices()
+		if err != nil {
+			return err
+		}
+		for _, s := range found {
+			d, err := h.GetDestinations(s)
+			if err != nil {
+				return err
+			}
+			list = append(list, server{s, d})
+		}
+		return nil
 	})
-	if err != nil {
-		w.t.Fatal(err)
+	return list
+}
+
+type server struct {
+	*libipvs.Service
+	destinations []*libipvs.Destination
+}
+
+func (s server) at() netip.AddrPort { return addrPort(s.Address, s.Port) }
+
+func addrPort(ip net.IP, port uint16) netip.AddrPort {
+	a, _ := netip.AddrFromSlice(ip)
+	return netip.AddrPortFrom(a.Unmap(), port)
+}
+
+// String prints all that lasts: no connections.
+func (s server) String() string {
+	text := fmt.Sprintf("server %s protocol %d mark %#x scheduler %s flags %#x timeout %d", s.at(), s.Protocol, s.FWMark, s.SchedName, s.Flags, s.Timeout)
+	var list []string
+	for _, d := range s.destinations {
+		list = append(list, fmt.Sprintf("\n  %s weight %d flags %#x", addrPort(d.Address, d.Port), d.Weight, d.ConnectionFlags))
 	}
-	return string(text)
+	slices.Sort(list)
+	return text + strings.Join(list, "") + "\n"
+}
+
+// foreign says whether a virtual server has the others' destination.
+func (s server) foreign() bool {
+	return slices.ContainsFunc(s.destinations, func(d *libipvs.Destination) bool { return d.Address.String() == othersServer })
 }
