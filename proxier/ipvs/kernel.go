@@ -29,6 +29,8 @@ type nlKernel struct {
 	route  *nlbatch.Conn
 	genl   *nlbatch.Conn
 
+	everywhere bool // static rules are removed in every variant of iptables
+
 	mu    sync.Mutex
 	id    uint16 // IPVS's generic netlink family; 0: not looked up yet
 	rules ruleMemory
@@ -70,7 +72,8 @@ func (k *nlKernel) close() {
 	}
 }
 
-// prepare has the sets first: rules name them.
+// prepare has the sets first: rules name them. Without chains it does not look at
+// the rules.
 func (k *nlKernel) prepare(ctx context.Context, want static) (repairs, error) {
 	var fixed repairs
 	if err := k.prepareSets(ctx, &fixed); err != nil {
@@ -86,20 +89,30 @@ func (k *nlKernel) prepare(ctx context.Context, want static) (repairs, error) {
 		}
 		fixed.devices++
 	}
-	have, err := k.readRules(ctx)
-	if err != nil {
-		return fixed, err
-	}
-	ch := k.rules.compare(have, want)
-	fixed.chains, fixed.jumps = len(ch.put), len(ch.jumps)
-	if ch.nothing() {
+	if want.chains == nil {
 		return fixed, nil
 	}
+	err = k.prepareRules(ctx, want, &fixed)
+	return fixed, err
+}
+
+// prepareRules reads the tables, and writes one transaction a table if anything
+// differs.
+func (k *nlKernel) prepareRules(ctx context.Context, want static, fixed *repairs) error {
+	have, err := k.readRules(ctx)
+	if err != nil {
+		return err
+	}
+	ch := k.rules.compare(have, want)
+	fixed.chains, fixed.jumps = len(ch.put)+len(ch.empty), len(ch.jumps)
+	if ch.nothing() {
+		return nil
+	}
 	if err := k.run.Restore(ctx, func(w *bufio.Writer) { ch.write(w) }); err != nil {
-		return fixed, fmt.Errorf("write static rules: %w", err)
+		return fmt.Errorf("write static rules: %w", err)
 	}
 	k.rules.wrote(ch)
-	return fixed, nil
+	return nil
 }
 
 func (k *nlKernel) prepareSets(ctx context.Context, fixed *repairs) error {
@@ -136,7 +149,8 @@ func (k *nlKernel) readRules(ctx context.Context) (map[chainRef][]string, error)
 			have[chainRef{table, c.Name}] = []string{}
 		}, func(name, text []byte) {
 			r := chainRef{table, string(name)}
-			have[r] = append(have[r], string(text))
+			// The programs escape this in strings, without need.
+			have[r] = append(have[r], strings.ReplaceAll(string(text), `\'`, "'"))
 		})
 		if err != nil {
 			return nil, err
@@ -157,12 +171,10 @@ type rulesChange struct {
 	put   []rules
 	jumps []jump
 	empty []chainRef // ours, of another time
-	del   []chainRef
-	drop  map[chainRef][]string // rules to delete from chains that stay
 }
 
 func (c *rulesChange) nothing() bool {
-	return len(c.put)+len(c.jumps)+len(c.empty)+len(c.del)+len(c.drop) == 0
+	return len(c.put)+len(c.jumps)+len(c.empty) == 0
 }
 
 func (r rules) ref() chainRef { return chainRef{r.table, r.chain} }
@@ -189,9 +201,9 @@ func (m *ruleMemory) compare(have map[chainRef][]string, want static) *rulesChan
 			ch.jumps = append(ch.jumps, j)
 		}
 	}
-	for _, c := range ownChains {
-		if len(have[c]) > 0 && !wanted[c] {
-			ch.empty = append(ch.empty, c)
+	for ref, got := range have {
+		if len(got) > 0 && !wanted[ref] && slices.Contains(ownChains[ref.table], ref.name) {
+			ch.empty = append(ch.empty, ref)
 		}
 	}
 	return ch
@@ -218,9 +230,9 @@ func (m *ruleMemory) jumps(want jump, got []string) bool {
 	}
 	key := want.key()
 	if m.written[key] {
-		to := target(want.text)
+		to := xtables.JumpTarget(want.text)
 		for _, text := range got {
-			if target(text) == to {
+			if xtables.JumpTarget(text) == to {
 				delete(m.written, key)
 				m.learn(key, text)
 				break
@@ -254,13 +266,6 @@ func (m *ruleMemory) wrote(ch *rulesChange) {
 	}
 }
 
-// target is where a rule leads.
-func target(text string) string {
-	_, after, _ := strings.Cut(text, "-j ")
-	to, _, _ := strings.Cut(after, " ")
-	return to
-}
-
 // write writes a transaction per table. Chains are declared, and thereby
 // emptied, before any rule is written and any chain deleted: they refer to each
 // other.
@@ -275,13 +280,6 @@ func (c *rulesChange) write(w *bufio.Writer) {
 }
 
 func (c *rulesChange) writeTable(w *bytes.Buffer, table string) {
-	for from, list := range c.drop {
-		for _, text := range list {
-			if from.table == table {
-				fmt.Fprintf(w, "-D %s %s\n", from.name, text)
-			}
-		}
-	}
 	// A chain of the same name as one with rules may be declared again only before
 	// those: declare everything first.
 	for _, r := range c.put {
@@ -289,7 +287,7 @@ func (c *rulesChange) writeTable(w *bytes.Buffer, table string) {
 			fmt.Fprintf(w, ":%s - [0:0]\n", r.chain)
 		}
 	}
-	for _, ref := range slices.Concat(c.empty, c.del) {
+	for _, ref := range c.empty {
 		if ref.table == table {
 			fmt.Fprintf(w, ":%s - [0:0]\n", ref.name)
 		}
@@ -306,87 +304,29 @@ func (c *rulesChange) writeTable(w *bytes.Buffer, table string) {
 			fmt.Fprintf(w, "-I %s 1 %s\n", j.from, j.text)
 		}
 	}
-	for _, ref := range c.del {
-		if ref.table == table {
-			fmt.Fprintf(w, "-X %s\n", ref.name)
-		}
-	}
 }
 
-// ownChains are those that ipvs mode alone has, kube-proxy's included.
-var ownChains = []chainRef{
-	{tableNAT, chainLoadBalancer}, {tableNAT, chainNodePort}, {tableNAT, chainInside},
-	{tableFilter, chainNodePort}, {tableFilter, chainSourceRanges}, {tableFilter, chainIPVSFilter}, {tableFilter, chainIPVSOut},
-	{tableMangle, chainSourceRanges}, {tableMangle, chainIPVSOut}, {tableMangle, chainInside},
-}
-
-// sharedChains are those that iptables mode has by the same name.
-var sharedChains = []chainRef{
-	{tableNAT, chainServices}, {tableNAT, chainPostrouting}, {tableNAT, chainMarkMasq},
-	{tableFilter, chainForward}, {tableFilter, chainProxyFirewall},
-}
-
-func (k *nlKernel) clear(ctx context.Context, shared bool) error {
-	have, err := k.readRules(ctx)
-	if err != nil {
-		return err
-	}
-	doomed := slices.Clone(ownChains)
-	if !shared {
-		doomed = append(doomed, sharedChains...)
-	}
-	var errs []error
-	if ch := removal(have, doomed); !ch.nothing() {
-		if err := k.run.Restore(ctx, func(w *bufio.Writer) { ch.write(w) }); err != nil {
-			errs = append(errs, fmt.Errorf("remove static rules: %w", err))
-		}
-	}
+func (k *nlKernel) unrule(ctx context.Context, what xtables.Scope) (bool, error) {
 	k.rules = ruleMemory{}
+	if k.everywhere {
+		return xtables.RemoveHost(ctx, k.family, what)
+	}
+	return k.run.Remove(ctx, what)
+}
+
+func (k *nlKernel) clear(ctx context.Context) error {
 	names := []string{nameFor(setLoadBalancerSourceIP, k.family)}
 	for id := range setCount {
 		names = append(names, id.name(k.family))
 	}
+	var errs []error
 	for _, name := range names {
-		errs = append(errs, k.sets.Destroy(ctx, name))
+		if err := k.sets.Destroy(ctx, name); !errors.Is(err, ipset.ErrUnsupported) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(append(errs, k.removeDevice(ctx))...)
 }
-
-// removal deletes chains and the rules of other chains that lead to them. Rules
-// of chains that are neither ours nor built in are somebody else's: a chain that
-// they lead to is emptied and stays.
-func removal(have map[chainRef][]string, doomed []chainRef) *rulesChange {
-	ch := &rulesChange{drop: map[chainRef][]string{}}
-	gone := map[chainRef]bool{}
-	for _, d := range doomed {
-		if _, ok := have[d]; ok {
-			gone[d] = true
-		}
-	}
-	held := map[chainRef]bool{}
-	for from, list := range have {
-		for _, text := range list {
-			to := chainRef{from.table, target(text)}
-			switch {
-			case !gone[to] || gone[from]:
-			case builtin[from.name]:
-				ch.drop[from] = append(ch.drop[from], text)
-			default:
-				held[to] = true
-			}
-		}
-	}
-	for d := range gone {
-		if held[d] {
-			ch.empty = append(ch.empty, d)
-		} else {
-			ch.del = append(ch.del, d)
-		}
-	}
-	return ch
-}
-
-var builtin = map[string]bool{"PREROUTING": true, "INPUT": true, "FORWARD": true, "OUTPUT": true, "POSTROUTING": true}
 
 func (k *nlKernel) token(ctx context.Context) (token, error) {
 	var t token
@@ -415,13 +355,17 @@ func (k *nlKernel) read(ctx context.Context) (*actual, error) {
 	if err := k.readSets(ctx, a); err != nil {
 		return nil, err
 	}
-	a.addrs, err = k.readAddrs(ctx)
+	if a.addrs, err = k.readAddrs(ctx); err != nil || a.addrs != nil {
+		return a, err
+	}
+	rules, err := k.readRules(ctx)
+	a.othersServe = len(rules[chainRef{tableNAT, chainServices}]) > 0
 	return a, err
 }
 
 func (k *nlKernel) readSets(ctx context.Context, a *actual) error {
 	headers, err := k.sets.Headers(ctx)
-	if err != nil {
+	if err != nil && !errors.Is(err, ipset.ErrUnsupported) { // cleaning up must work anywhere
 		return err
 	}
 	for id := range setCount {

@@ -253,6 +253,20 @@ func removeAll(t *testing.T, k *nlKernel, servers []server) {
 	}
 }
 
+// TestGuestKernelLocalDestination: an endpoint on the node's own address is
+// reached by NAT like any other.
+func TestGuestKernelLocalDestination(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f model.Family) {
+		k := guestKernel(t, f)
+		own := nth(f, 7, 1)
+		run(t, "ip", "addr", "add", netip.PrefixFrom(own, own.BitLen()).String(), "dev", "lo")
+		s := sampleServers(f)[0]
+		s.destinations = []destination{{netip.AddrPortFrom(own, 8080), 1}}
+		must(t, k, opsFor([]server{s})[2:]...)
+		wantRead(t, k, []server{s})
+	})
+}
+
 // TestGuestKernelLastOpWins: an op that must be tried by another command does
 // not overrule what comes after it.
 func TestGuestKernelLastOpWins(t *testing.T) {
@@ -351,7 +365,7 @@ func TestGuestKernelForeign(t *testing.T) {
 		iptables("-A", "THEIRS", "-j", "ACCEPT")
 		iptables("-A", "INPUT", "-j", "THEIRS")
 		run(t, "ipset", "create", "theirs", "hash:ip")
-		if err := k.clear(context.Background(), false); err != nil {
+		if err := teardown(k); err != nil {
 			t.Fatal(err)
 		}
 		iptables("-C", "INPUT", "-j", "THEIRS")
@@ -368,7 +382,7 @@ func TestGuestKernelForeign(t *testing.T) {
 			t.Errorf("%s was left", device)
 		}
 		run(t, "ipvsadm", "-d", "-t", at, "-r", real.String())
-		if err := k.clear(context.Background(), false); err != nil {
+		if err := teardown(k); err != nil {
 			t.Errorf("a second time: %v", err)
 		}
 	})
@@ -437,17 +451,21 @@ func TestGuestKernelFigures(t *testing.T) {
 	if os.Getenv("SLUICE_FIGURES") == "" {
 		t.Skip("SKIPPED: it measures and checks nothing (SLUICE_FIGURES=1)")
 	}
-	k := guestKernel(t, model.IPv4)
+	eachFamily(t, figures)
+}
+
+func figures(t *testing.T, f model.Family) {
+	k := guestKernel(t, f)
 	prepared(t, k, repairs{chains: 4, jumps: 4, sets: int(setCount), devices: 1})
 	const services, each = 10000, 10
 	var entries, addrs, servers []op
 	for i := range services {
-		key := serverKey{addr: nth(model.IPv4, 96, i), port: 80, protocol: model.TCP}
+		key := serverKey{addr: nth(f, 96, i), port: 80, protocol: model.TCP}
 		entries = append(entries, op{kind: addEntry, set: setClusterIP, entry: entry{addr: key.addr, protocol: key.protocol, port: 80}})
 		addrs = append(addrs, op{kind: addAddr, addr: key.addr})
 		servers = append(servers, op{kind: putServer, key: key, settings: settings{scheduler: "rr"}})
 		for d := range each {
-			servers = append(servers, op{kind: putDest, key: key, dest: destination{netip.AddrPortFrom(nth(model.IPv4, 244, i*each+d&0xffff), 8080), 1}})
+			servers = append(servers, op{kind: putDest, key: key, dest: destination{netip.AddrPortFrom(nth(f, 244, (i*each+d)&0xffff), 8080), 1}})
 		}
 	}
 	calls := func() int { return k.sets.Calls() + k.route.Calls() + k.genl.Calls() }
@@ -475,7 +493,9 @@ func TestGuestKernelFigures(t *testing.T) {
 	measure("delete the servers", func() {
 		must(t, k, slices.DeleteFunc(servers, func(o op) bool { return o.kind != delServer })...)
 	})
-	measureLibrary(t, services, each)
+	if f == model.IPv4 {
+		measureLibrary(t, services, each)
+	}
 }
 
 func measureLibrary(t *testing.T, services, each int) {
@@ -502,4 +522,10 @@ func measureLibrary(t *testing.T, services, each int) {
 		}
 	}
 	t.Logf("FIGURE library, %d servers with %d destinations each: %v", services, each, time.Since(start).Round(time.Millisecond))
+}
+
+// teardown removes the static rules and the sets.
+func teardown(k *nlKernel) error {
+	_, err := k.unrule(context.Background(), all)
+	return errors.Join(err, k.clear(context.Background()))
 }

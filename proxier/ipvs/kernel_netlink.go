@@ -77,10 +77,8 @@ func (k *nlKernel) removeDevice(ctx context.Context) error {
 	if err != nil || index == 0 {
 		return err
 	}
-	held := false
-	if err := k.dumpAddrs(ctx, unix.AF_UNSPEC, index, func(a netip.Addr) {
-		held = held || !a.IsLinkLocalUnicast()
-	}); err != nil || held {
+	list, err := k.listAddrs(ctx, unix.AF_UNSPEC, index)
+	if err != nil || len(list) > 0 {
 		return err
 	}
 	return removeLink(ctx, k.route, index)
@@ -108,17 +106,10 @@ func (k *nlKernel) readAddrs(ctx context.Context) (map[netip.Addr]bool, error) {
 	if err != nil || index == 0 {
 		return nil, err
 	}
-	var addrs map[netip.Addr]bool
-	for range listTries {
-		addrs = map[netip.Addr]bool{}
-		err = k.dumpAddrs(ctx, k.af(), index, func(a netip.Addr) {
-			if a.Is4() || !a.IsLinkLocalUnicast() { // which a device that is up has by itself
-				addrs[a] = true
-			}
-		})
-		if !errors.Is(err, nlbatch.ErrInterrupted) {
-			break
-		}
+	list, err := k.listAddrs(ctx, k.af(), index)
+	addrs := make(map[netip.Addr]bool, len(list))
+	for _, a := range list {
+		addrs[a] = true
 	}
 	return addrs, err
 }
@@ -126,36 +117,51 @@ func (k *nlKernel) readAddrs(ctx context.Context) (map[netip.Addr]bool, error) {
 // listTries is how often a list is begun again that changed while it was read.
 const listTries = 4
 
-func (k *nlKernel) dumpAddrs(ctx context.Context, family uint8, index uint32, got func(netip.Addr)) error {
-	err := k.route.Dump(ctx, func(e *nlbatch.Encoder) {
-		e.Begin(unix.RTM_GETADDR, 0)
-		h := [unix.SizeofIfAddrmsg]byte{0: family}
-		e.Raw(h[:]...)
-	}, func(payload []byte) error {
-		if len(payload) < unix.SizeofIfAddrmsg || binary.NativeEndian.Uint32(payload[4:]) != index {
-			return nil
-		}
-		var addr, local netip.Addr
-		for a, v := range nlbatch.Attributes(payload[unix.SizeofIfAddrmsg:]) {
-			switch a {
-			case unix.IFA_ADDRESS:
-				addr, _ = netip.AddrFromSlice(v)
-			case unix.IFA_LOCAL:
-				local, _ = netip.AddrFromSlice(v)
+// listAddrs gives the addresses of a device, but for the one that the kernel
+// gives a device that is up.
+func (k *nlKernel) listAddrs(ctx context.Context, family uint8, index uint32) ([]netip.Addr, error) {
+	var list []netip.Addr
+	var err error
+	for range listTries {
+		list = list[:0]
+		err = k.route.Dump(ctx, func(e *nlbatch.Encoder) {
+			e.Begin(unix.RTM_GETADDR, 0)
+			h := [unix.SizeofIfAddrmsg]byte{0: family}
+			e.Raw(h[:]...)
+		}, func(payload []byte) error {
+			if a := parseLinkAddr(payload, index); a.IsValid() && (a.Is4() || !a.IsLinkLocalUnicast()) {
+				list = append(list, a)
 			}
+			return nil
+		})
+		if !errors.Is(err, nlbatch.ErrInterrupted) {
+			break
 		}
-		if local.IsValid() {
-			addr = local
-		}
-		if addr.IsValid() {
-			got(addr)
-		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("list addresses of %s: %w", device, err)
 	}
-	return nil
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", device, err)
+	}
+	return list, nil
+}
+
+// parseLinkAddr reads an address of a device; it is zero if it is another's.
+func parseLinkAddr(payload []byte, index uint32) netip.Addr {
+	if len(payload) < unix.SizeofIfAddrmsg || binary.NativeEndian.Uint32(payload[4:]) != index {
+		return netip.Addr{}
+	}
+	var addr, local netip.Addr
+	for a, v := range nlbatch.Attributes(payload[unix.SizeofIfAddrmsg:]) {
+		switch a {
+		case unix.IFA_ADDRESS:
+			addr, _ = netip.AddrFromSlice(v)
+		case unix.IFA_LOCAL:
+			local, _ = netip.AddrFromSlice(v)
+		}
+	}
+	if local.IsValid() {
+		return local
+	}
+	return addr
 }
 
 // ifaFlags: nobody else can have the address, and its prefix needs no route.
