@@ -62,6 +62,7 @@ const (
 	insideSigMask   = 0x3800
 	insideMask      = 0x3fff
 	insideMost      = 0x07ff // marks that there are
+	insideHigh      = 15
 )
 
 // insideShift moves the marks above the masquerade bit if that is among their
@@ -70,7 +71,7 @@ func insideShift(masqueradeBit int) int {
 	if masqueradeBit >= 14 {
 		return 0
 	}
-	return 15
+	return insideHigh
 }
 
 // ruleWriter prints the static rules of one family.

@@ -15,8 +15,7 @@ import (
 // vouch for and removed after them, so that this holds whenever a process ends.
 func (x *Proxier) ours(k serverKey, have *actual) bool {
 	if k.mark != 0 {
-		shift := insideShift(x.o.MasqueradeBit)
-		return ourMark(k.mark>>shift) && k.mark>>shift<<shift == k.mark
+		return signed(k.mark, 0) || signed(k.mark, insideHigh) // the masquerade bit may have been another
 	}
 	if have.vouched(k) {
 		return true
@@ -25,6 +24,11 @@ func (x *Proxier) ours(k serverKey, have *actual) bool {
 		return have.addrs[k.addr]
 	}
 	return len(have.sets[setNodePortServers]) == 0 && have.kubeProxyNodePort(k)
+}
+
+// signed says whether a packet mark has our signature, where a shift puts it.
+func signed(mark uint32, shift int) bool {
+	return ourMark(mark>>shift) && mark>>shift<<shift == mark
 }
 
 // vouchers are the sets that hold virtual servers by address, protocol and port.

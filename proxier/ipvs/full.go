@@ -135,7 +135,8 @@ func (x *Proxier) adoptMarks(c compiler, plans []*plan.Plan, have *actual) {
 	marks := map[entry]uint32{}
 	shift := insideShift(x.o.MasqueradeBit)
 	for e := range have.sets[setInside] {
-		if m := e.mark >> shift; ourMark(m) && m<<shift == e.mark {
+		if signed(e.mark, shift) {
+			m := e.mark >> shift
 			e.mark = 0
 			marks[e] = m
 		}
