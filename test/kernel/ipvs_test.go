@@ -8,6 +8,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/node"
@@ -101,11 +105,40 @@ func prepareIPVS(t *testing.T, s *scenarios.Scenario, on *netlab.Namespace) {
 	}
 }
 
+// awaitAddrs waits until packets to all addresses of Services come in. The kernel
+// makes the route of an IPv6 address a moment after the address (addrconf_dad_work
+// runs later, also where there is nothing to detect); until then the node sends
+// packets on, as it would without the Service.
+func awaitAddrs(t *testing.T, on *netlab.Namespace) {
+	t.Helper()
+	link, err := on.Netlink().LinkByName(proxyDevice)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addrs, err := on.Netlink().AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(patience)
+	for _, a := range addrs {
+		for {
+			routes, err := on.Netlink().RouteGet(a.IP)
+			if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("packets to %s do not come in: %v, %v", a.IP, routes, err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
 // evidence is what a node's kernel has, as independent programs print it.
 func evidence(on *netlab.Namespace) string {
 	var b strings.Builder
 	for _, argv := range [][]string{
-		{"ipvsadm", "-Ln"}, {"ipvsadm", "-Lnc"}, {"ipset", "list"}, {"iptables-save", "-c"}, {"ip6tables-save", "-c"}, {"ip", "addr"},
+		{"ipvsadm", "-Ln"}, {"ipvsadm", "-Lnc"}, {"ipset", "list"}, {"iptables-save", "-c"}, {"ip6tables-save", "-c"}, {"ip", "addr"}, {"dmesg"},
 	} {
 		out, err := on.Run(context.Background(), argv[0], argv[1:]...)
 		fmt.Fprintf(&b, "$ %s\n%s", strings.Join(argv, " "), out)

@@ -77,6 +77,9 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 			}
 		})
 	}
+	if sub.ipvs {
+		awaitAddrs(t, node)
+	}
 	problems := make([]error, len(s.Flows))
 	var wg sync.WaitGroup
 	turn := make(chan struct{}, 16) // so many flows at a time

@@ -193,3 +193,6 @@ func (p *parser) output(line string) {
 		p.current.add(event{line: strings.TrimRight(line, " ")})
 	}
 }
+
+// lastName is the name of a test in its parent.
+func lastName(name string) string { return name[strings.LastIndexByte(name, '/')+1:] }

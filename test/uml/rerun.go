@@ -96,6 +96,7 @@ func RerunIn(t *testing.T, m Machine, pattern string) {
 		t.Fatal(err)
 	}
 	m.Dir = dir
+	m.Readable = append(m.Readable, moduleOf(dir))
 	m.Env = append(m.Env, insideVariable+"=1")
 	argv := append([]string{binary}, args...)
 	replay(t, func(out io.Writer) (int, error) {
@@ -104,6 +105,17 @@ func RerunIn(t *testing.T, m Machine, pattern string) {
 		}
 		return Run(ctx, m, argv, out)
 	})
+}
+
+// moduleOf is the folder of the module that a folder belongs to: tests read files
+// of other packages.
+func moduleOf(dir string) string {
+	for d := dir; d != "/"; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "go.mod")); err == nil {
+			return d
+		}
+	}
+	return dir
 }
 
 // replay shows a run of a test binary as subtests of t while it goes on.
@@ -164,6 +176,3 @@ func runNative(ctx context.Context, m *Machine, argv []string, out io.Writer) (i
 	}
 	return 0, err
 }
-
-// lastName is the name of a test in its parent.
-func lastName(name string) string { return name[strings.LastIndexByte(name, '/')+1:] }

@@ -51,6 +51,11 @@ type Machine struct {
 	// Writable is a folder of the host that the guest can write; none if empty.
 	Writable string
 
+	// Readable are folders of the host that the guest sees although they are
+	// below /tmp, /run or /dev, which are its own. Dir and the command's folder
+	// are always among them.
+	Readable []string
+
 	Net []Tap
 }
 
@@ -177,12 +182,7 @@ func (m *Machine) spec(argv []string) (*boot.Spec, error) {
 	if s.Dir == "" {
 		s.Dir = "/"
 	}
-	for _, p := range []string{filepath.Dir(argv[0]), s.Dir} {
-		if hidden(p) && !slices.Contains(s.Shared, p) {
-			s.Shared = append(s.Shared, p)
-		}
-	}
-	slices.Sort(s.Shared) // a folder before what is in it
+	s.Shared = shared(append(slices.Clone(m.Readable), filepath.Dir(argv[0]), s.Dir))
 	legacyLinks(s.Links)
 	for i, t := range m.Net {
 		s.Rename[fmt.Sprintf("vec%d", i)] = t.Guest
@@ -211,6 +211,20 @@ func legacyLinks(links map[string]string) {
 		}
 		return
 	}
+}
+
+// shared are those of the folders that must be shared for all to be seen: those
+// that are hidden, and not in another.
+func shared(folders []string) []string {
+	slices.Sort(folders)
+	var list []string
+	for _, f := range folders {
+		inside := func(dir string) bool { return f == dir || strings.HasPrefix(f, dir+"/") }
+		if hidden(f) && !slices.ContainsFunc(list, inside) {
+			list = append(list, f)
+		}
+	}
+	return list
 }
 
 // hidden says whether a path of the host lies under a file system of the guest.

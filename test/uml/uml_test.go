@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -49,6 +50,13 @@ func TestRun(t *testing.T) {
 	}
 	if _, err := os.Stat("/tmp/" + name + ".x"); err == nil {
 		t.Error("the guest wrote into the host's /tmp")
+	}
+}
+
+func TestShared(t *testing.T) {
+	got := shared([]string{"/tmp/a/b", "/usr/x", "/tmp/a", "/tmpx", "/tmp/ab", "/tmp/a"})
+	if want := []string{"/tmp/a", "/tmp/ab"}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
 	}
 }
 
@@ -121,8 +129,10 @@ func TestInside(t *testing.T) {
 		}
 	})
 	t.Run("folder", func(t *testing.T) {
-		if _, err := os.Stat("uml_test.go"); err != nil {
-			t.Error(err)
+		for _, file := range []string{"uml_test.go", "../../go.mod"} {
+			if _, err := os.Stat(file); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 	t.Run("iptables", func(t *testing.T) {
