@@ -7,7 +7,8 @@ import (
 )
 
 // patrol goes round the virtual servers and compares them with what they should
-// be, a few at each check: the kernel has no notion of "something changed".
+// be, a few at each check: the kernel has no notion of "something changed". Each
+// round begins with the addresses.
 type patrol struct {
 	left []serverKey
 }
@@ -64,6 +65,9 @@ func (x *Proxier) looksRight(ctx context.Context) (bool, error) {
 func (x *Proxier) patrolRight(ctx context.Context) (bool, error) {
 	if len(x.patrol.left) == 0 {
 		x.patrol.left = slices.Collect(maps.Keys(x.ledger.claims))
+		if right, err := x.addressesRight(ctx); err != nil || !right {
+			return right, err
+		}
 	}
 	n := min(len(x.patrol.left), max(patrolLeast, len(x.ledger.claims)/patrolChecks+1))
 	keys := x.patrol.left[:n]
@@ -77,6 +81,20 @@ func (x *Proxier) patrolRight(ctx context.Context) (bool, error) {
 	for _, k := range keys {
 		p := x.ledger.winner(k)
 		if want := x.own(c.compile(p, x.heldMark(c, p))).server(k); want == nil || !x.matches(live[k], want) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// addressesRight says whether kube-ipvs0 has every address that it should have.
+func (x *Proxier) addressesRight(ctx context.Context) (bool, error) {
+	have, err := x.kernel.addresses(ctx)
+	if err != nil {
+		return false, err
+	}
+	for s := range x.ledger.needs {
+		if s.set == setCount && !have[s.addr] {
 			return false, nil
 		}
 	}

@@ -175,6 +175,13 @@ func (f *fakeKernel) lookup(_ context.Context, keys []serverKey) (map[serverKey]
 	return out, nil
 }
 
+func (f *fakeKernel) addresses(context.Context) (map[netip.Addr]bool, error) {
+	if f.failing() {
+		return nil, errFake
+	}
+	return maps.Clone(f.addrs), nil
+}
+
 func (f *fakeKernel) token(context.Context) (token, error) {
 	if f.failing() {
 		return token{}, errFake

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -250,8 +252,11 @@ func TestDrift(t *testing.T) {
 		"added": func(k *fakeKernel) {
 			k.servers[anyKey(k, false)].destinations[netip.MustParseAddrPort("9.9.9.9:9")] = liveDest{weight: 1}
 		},
-		"set":           func(k *fakeKernel) { clear(k.sets[setClusterIP]) },
-		"no set":        func(k *fakeKernel) { k.sets[setLoopBack] = nil },
+		"set":    func(k *fakeKernel) { clear(k.sets[setClusterIP]) },
+		"no set": func(k *fakeKernel) { k.sets[setLoopBack] = nil },
+		"address": func(k *fakeKernel) {
+			delete(k.addrs, slices.MinFunc(slices.Collect(maps.Keys(k.addrs)), netip.Addr.Compare))
+		},
 		"device":        func(k *fakeKernel) { k.addrs = nil },
 		"rules":         func(k *fakeKernel) { k.static = nil; k.tables++ },
 		"others' rules": func(k *fakeKernel) { k.tables++ },
@@ -266,7 +271,7 @@ func TestDrift(t *testing.T) {
 			want := k.text(true)
 			change(k)
 			drift := k.text(true) != want
-			for range patrolChecks + 1 {
+			for range 2*patrolChecks + 1 {
 				if _, err := x.Check(context.Background(), false); err != nil {
 					t.Fatal(err)
 				}

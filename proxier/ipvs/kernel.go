@@ -355,7 +355,7 @@ func (k *nlKernel) read(ctx context.Context) (*actual, error) {
 	if err := k.readSets(ctx, a); err != nil {
 		return nil, err
 	}
-	if a.addrs, err = k.readAddrs(ctx); err != nil || a.addrs != nil || k.everywhere {
+	if a.addrs, err = k.addresses(ctx); err != nil || a.addrs != nil || k.everywhere {
 		return a, err
 	}
 	rules, err := k.readRules(ctx)

@@ -100,8 +100,8 @@ func removeLink(ctx context.Context, c *nlbatch.Conn, index uint32) error {
 	return nil
 }
 
-// readAddrs lists what is on kube-ipvs0; nil: there is no such device.
-func (k *nlKernel) readAddrs(ctx context.Context) (map[netip.Addr]bool, error) {
+// addresses lists what is on kube-ipvs0; nil: there is no such device.
+func (k *nlKernel) addresses(ctx context.Context) (map[netip.Addr]bool, error) {
 	index, err := k.deviceIndex(ctx)
 	if err != nil || index == 0 {
 		return nil, err

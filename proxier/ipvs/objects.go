@@ -139,6 +139,8 @@ type kernel interface {
 	// lookup reads single virtual servers; one that does not exist is missing in
 	// the result.
 	lookup(ctx context.Context, keys []serverKey) (map[serverKey]*liveServer, error)
+	// addresses lists those of kube-ipvs0; nil: there is no such device.
+	addresses(ctx context.Context) (map[netip.Addr]bool, error)
 	token(ctx context.Context) (token, error)
 	// unrule removes static rules, and says whether there were any.
 	unrule(ctx context.Context, what xtables.Scope) (bool, error)
