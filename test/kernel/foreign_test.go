@@ -342,7 +342,7 @@ func TestModeChange(t *testing.T) {
 
 	o.arriveLate()
 	want = o.state()
-	after := w.iptablesMode(list)
+	w.iptablesMode(list)
 	w.do(func() error { _, err := ipvs.RemoveOther(t.Context(), model.IPv4); return err })
 	same("the change to iptables mode")
 	for range 8 {
@@ -352,8 +352,8 @@ func TestModeChange(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if after != before || after != w.ours() {
-		t.Errorf("iptables mode after ipvs mode has\n%s\ninstead of\n%s", w.ours(), before)
+	if got := w.ours(); got != before {
+		t.Errorf("iptables mode after ipvs mode has\n%s\ninstead of\n%s", got, before)
 	}
 }
 
