@@ -176,7 +176,7 @@ func TestRun(t *testing.T) {
 	if strings.Contains(out.String(), "Not measured") {
 		t.Errorf("not everything was measured:\n%s", out.String())
 	}
-	for _, name := range []string{"nft-heap.pprof", "nft-heap-end.pprof", "nft-allocs.pprof", "nft-sluice.log"} {
+	for _, name := range []string{"nft-sluice-heap.pprof", "nft-sluice-heap-end.pprof", "nft-sluice-allocs.pprof", "nft-sluice-metrics", "nft-sluice.log"} {
 		if info, err := os.Stat(filepath.Join(profiles, name)); err != nil || info.Size() == 0 {
 			t.Errorf("no profile %s: %v", name, err)
 		}

@@ -10,7 +10,7 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -47,6 +47,9 @@ type settings struct {
 const (
 	peer = "kube-proxy"
 	ours = "sluice"
+
+	modeIPTables = "iptables"
+	modeIPVS     = "ipvs"
 )
 
 func main() {
@@ -66,15 +69,15 @@ func parse(args []string) (*settings, error) {
 	s := &settings{paths: map[string]string{}}
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
 	var variants, programs, agent string
-	f.StringVar(&s.mode, "mode", "iptables", "proxy mode to measure; iptables is the only one yet")
-	f.StringVar(&variants, "variants", "legacy,nft", "iptables variants to measure")
+	f.StringVar(&s.mode, "mode", modeIPTables, "proxy mode to measure: "+modeIPTables+" or "+modeIPVS)
+	f.StringVar(&variants, "variants", "", "iptables variants to measure (default \"legacy,nft\", in ipvs mode \"legacy\")")
 	f.StringVar(&programs, "programs", peer+","+ours, "what to measure, in this order")
-	f.IntVar(&s.services, "services", 10000, "number of Services")
+	f.IntVar(&s.services, "services", 10000, "number of Services (2000 by default where ipvs mode needs a virtual machine)")
 	f.IntVar(&s.endpoints, "endpoints", 10, "endpoints of each Service")
 	f.StringVar(&agent, "sluice", "bin/sluice", "binary of the agent")
 	f.StringVar(&s.tools, "tools", "", "folder of etcd, kube-apiserver and kube-proxy (default $SLUICE_TOOLS, ~/.cache/sluice-tools)")
 	f.StringVar(&s.jsonFile, "json", "", "also write the results to this file")
-	f.StringVar(&s.profiles, "profiles", "", "write Go profiles of Sluice, and the logs, to this folder (they cost a little time)")
+	f.StringVar(&s.profiles, "profiles", "", "write Go profiles, metrics and logs of the programs to this folder (they cost a little time)")
 	f.DurationVar(&s.coldLimit, "cold-limit", 10*time.Minute, "give up a cold start after this")
 	f.IntVar(&s.changes, "changes", 40, "endpoint changes to time, one after the other")
 	f.DurationVar(&s.changeLimit, "change-limit", 2*time.Minute, "begin no further change after this")
@@ -82,11 +85,22 @@ func parse(args []string) (*settings, error) {
 	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
 	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
 	_ = f.Parse(args) // exits
+	given := map[string]bool{}
+	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
 	}
-	if s.mode != "iptables" {
-		return nil, fmt.Errorf("-mode %s: only iptables can be measured yet", s.mode)
+	if s.mode != modeIPTables && s.mode != modeIPVS {
+		return nil, fmt.Errorf("-mode %s: only %s and %s can be measured yet", s.mode, modeIPTables, modeIPVS)
+	}
+	if variants == "" {
+		variants = "legacy,nft"
+		if s.mode == modeIPVS {
+			variants = "legacy" // it needs few rules
+		}
+	}
+	if needsMachine(s) {
+		s.small(given)
 	}
 	s.variants, s.programs = strings.Split(variants, ","), strings.Split(programs, ",")
 	for _, v := range s.variants {
@@ -110,6 +124,23 @@ func parse(args []string) (*settings, error) {
 	return s, s.find(agent)
 }
 
+// small takes other defaults for a machine on which kube-proxy needs more than
+// twenty minutes for the usual ones, most of them to start ipset 10,000 times.
+func (s *settings) small(given map[string]bool) {
+	if !given["services"] {
+		s.services = 2000
+	}
+	if !given["cold-limit"] {
+		s.coldLimit = 15 * time.Minute
+	}
+	if !given["changes"] {
+		s.changes = 20
+	}
+	if !given["change-limit"] {
+		s.changeLimit = 5 * time.Minute
+	}
+}
+
 // find locates every program before anything is started.
 func (s *settings) find(agent string) error {
 	if s.tools == "" {
@@ -123,6 +154,9 @@ func (s *settings) find(agent string) error {
 		s.tools = filepath.Join(cache, "sluice-tools")
 	}
 	needed := []string{filepath.Join(s.tools, "etcd"), filepath.Join(s.tools, "kube-apiserver")}
+	if os.Getenv(insideVariable) != "" {
+		needed = nil // they run outside
+	}
 	s.paths[peer] = filepath.Join(s.tools, "kube-proxy")
 	var err error
 	if s.paths[ours], err = filepath.Abs(agent); err != nil {
@@ -141,6 +175,9 @@ func (s *settings) find(agent string) error {
 
 // run measures everything and prints the table.
 func run(ctx context.Context, s *settings, out io.Writer) error {
+	if dir := os.Getenv(insideVariable); dir != "" {
+		return runInside(ctx, s, dir)
+	}
 	dir, err := os.MkdirTemp("", "sluice-bench-")
 	if err != nil {
 		return err
@@ -151,36 +188,21 @@ func run(ctx context.Context, s *settings, out io.Writer) error {
 			return err
 		}
 	}
+	if err := s.copyPrograms(dir); err != nil {
+		return err
+	}
 	report := newReport(s)
-	c, err := newCluster(ctx, s, dir)
+	if needsMachine(s) {
+		err = runInMachine(ctx, s, dir, report)
+	} else {
+		err = runHere(ctx, s, dir, report)
+	}
 	if err != nil {
 		return err
 	}
-	defer c.close()
-	if err := c.fill(ctx); err != nil {
-		return err
-	}
-	for _, v := range s.variants {
-		for _, p := range s.programs {
-			if ctx.Err() != nil {
-				report.skip("%s, %s: interrupted", p, v)
-				continue
-			}
-			r, err := measure(ctx, c, p, v)
-			report.add(r)
-			if err != nil {
-				report.skip("%s, %s: the rest of its figures: %v", p, v, err)
-				progress("%s, %s: %v", p, v, err)
-			}
-		}
-	}
 	report.print(out)
 	if s.jsonFile != "" {
-		data, err := json.MarshalIndent(report, "", "  ")
-		if err == nil {
-			err = os.WriteFile(s.jsonFile, append(data, '\n'), 0o644)
-		}
-		if err != nil {
+		if err := report.write(s.jsonFile); err != nil {
 			return fmt.Errorf("write results: %w", err)
 		}
 	}
@@ -188,6 +210,77 @@ func run(ctx context.Context, s *settings, out io.Writer) error {
 		return fmt.Errorf("some figures could not be taken: see above")
 	}
 	return nil
+}
+
+// runHere measures on the machine's own kernel.
+func runHere(ctx context.Context, s *settings, dir string, r *report) error {
+	c, err := newCluster(s, dir, controlHost)
+	if err != nil {
+		return err
+	}
+	defer c.lab.Close()
+	control, err := newControl(ctx, s, dir, c.lab.Host(controlHost.Name))
+	if err != nil {
+		return err
+	}
+	defer control.close()
+	if err := control.fill(ctx); err != nil {
+		return err
+	}
+	c.writer = control
+	return measureAll(ctx, c, r, func() error { return nil })
+}
+
+// measureAll runs each program with each variant, and calls done after each.
+func measureAll(ctx context.Context, c *cluster, r *report, done func() error) error {
+	var err error
+	if c.starts, err = newStarts(); err != nil {
+		progress("the processes that are started are not counted: %v", err)
+	}
+	for _, v := range c.s.variants {
+		for _, p := range c.s.programs {
+			if ctx.Err() != nil {
+				r.skip("%s, %s: interrupted", p, v)
+				continue
+			}
+			x, err := measure(ctx, c, p, v)
+			r.add(x)
+			if err != nil {
+				r.skip("%s, %s: the rest of its figures: %v", p, v, err)
+				progress("%s, %s: %v", p, v, err)
+			}
+			if err := done(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// copyPrograms keeps the programs under test from being replaced meanwhile.
+func (s *settings) copyPrograms(dir string) error {
+	for _, p := range s.programs {
+		to := filepath.Join(dir, p)
+		if err := copyFile(s.paths[p], to); err != nil {
+			return fmt.Errorf("copy %s: %w", p, err)
+		}
+		s.paths[p] = to
+	}
+	return nil
+}
+
+func copyFile(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
 }
 
 var began = time.Now()

@@ -108,6 +108,9 @@ func (t *trial) iptables(ctx context.Context, ns *netlab.Namespace, args ...stri
 // flush frees the kernel's memory of a ruleset at once.
 func (t *trial) flush() {
 	ctx := context.Background()
+	if t.s.mode == modeIPVS {
+		t.flushIPVS(ctx)
+	}
 	if t.variant == "nft" {
 		_, _ = t.node.Run(ctx, "nft", "flush", "ruleset")
 		return
@@ -123,33 +126,40 @@ func (t *trial) environment(path string) []string {
 	return []string{"PATH=" + path, "XTABLES_LOCKFILE=" + filepath.Join(t.c.dir, nodeName(t.program, t.variant)+".lock")}
 }
 
-func (t *trial) arguments() []string {
+func (t *trial) arguments() ([]string, error) {
+	if t.s.mode == modeIPVS {
+		return t.ipvsArguments()
+	}
 	args := []string{"--kubeconfig=" + filepath.Join(t.c.dir, "kubeconfig"), "--hostname-override=" + nodeName(t.program, t.variant),
 		"--proxy-mode=" + t.s.mode, "--cluster-cidr=" + clusterRange.String(),
 		// Limits of conntrack are the machine's, and read-only in a namespace.
 		"--conntrack-max-per-core=0", "--conntrack-min=0"}
 	if t.program == ours {
 		args = append(args, "--iptables-variant="+t.variant)
-		if t.s.profiles != "" {
-			args = append(args, "--profiling")
-		}
 	}
-	return args
+	if t.s.profiles != "" {
+		args = append(args, "--profiling")
+	}
+	return args, nil
 }
 
 // logFile is kept where profiles are wanted.
 func (t *trial) logFile() string {
 	if t.s.profiles != "" {
-		return filepath.Join(t.s.profiles, t.variant+"-"+t.program+".log")
+		return filepath.Join(t.s.profiles, t.name()+"-"+t.program+".log")
 	}
-	return filepath.Join(t.c.dir, t.variant+"-"+t.program+".log")
+	return filepath.Join(t.c.dir, t.name()+"-"+t.program+".log")
 }
 
 // coldStart starts the program on a node without rules and waits until Services
 // answer.
 func (t *trial) coldStart(ctx context.Context, path string) (err error) {
+	args, err := t.arguments()
+	if err != nil {
+		return err
+	}
 	began := time.Now()
-	t.proc, err = start(t.node, t.logFile(), t.environment(path), t.s.paths[t.program], t.arguments()...)
+	t.proc, err = start(t.node, t.logFile(), t.environment(path), t.s.paths[t.program], args...)
 	if err != nil {
 		return err
 	}
@@ -160,8 +170,8 @@ func (t *trial) coldStart(ctx context.Context, path string) (err error) {
 		<-t.proc.done
 		stop()
 	}()
-	if t.program == ours && t.s.profiles != "" {
-		go t.profile(watching, "cpu-cold-start", "profile?seconds=10")
+	if t.s.profiles != "" {
+		go t.profile(watching, "cpu-cold-start.pprof", "/debug/pprof/profile?seconds=10")
 	}
 
 	limit, cancel := context.WithTimeout(watching, t.s.coldLimit)
@@ -187,21 +197,26 @@ func (t *trial) coldStart(ctx context.Context, path string) (err error) {
 		return err
 	}
 	progress("%s, %s: every Service answers after %.2f s", t.program, t.variant, t.get("cold.all"))
-	quiet := t.meter.idle(ctx, 8*time.Second, time.Minute)
+	quiet := t.meter.idle(ctx, 8*time.Second, max(time.Minute, t.s.coldLimit-time.Since(began)))
+	t.set("cold.idle", reading{Value: t.meter.busyUntil().Sub(began).Seconds(), Over: !quiet})
 	u, err := t.meter.usage()
 	if err != nil {
 		return err
 	}
 	r := reading{Value: u.cpu.Seconds()}
 	if !quiet {
-		r.Note = "not idle a minute later"
+		r.Note = "not idle when the time was over"
 	}
 	t.set("cold.cpu", r)
+	if t.c.starts != nil {
+		n, programs := since(nil, t.started())
+		t.set("cold.starts", reading{Value: float64(n), Note: programs})
+	}
 	t.set("rss.start", reading{Value: mebibytes(u.rss)})
 	t.set("rss.startPeak", reading{Value: mebibytes(u.peak)})
-	if t.program == ours && t.s.profiles != "" {
-		t.profile(ctx, "heap", "heap?gc=1")
-		t.profile(ctx, "allocs", "allocs")
+	if t.s.profiles != "" {
+		t.profile(ctx, "heap.pprof", "/debug/pprof/heap?gc=1")
+		t.profile(ctx, "allocs.pprof", "/debug/pprof/allocs")
 	}
 	return nil
 }
@@ -263,8 +278,14 @@ func (t *trial) oneByOne(ctx context.Context) error {
 	began := time.Now()
 	var took []time.Duration
 	failed := 0
+	var starts []int // processes, for each change
+	var what string
+	if t.s.profiles != "" {
+		go t.profile(ctx, "cpu-one-by-one.pprof", "/debug/pprof/profile?seconds=20")
+	}
 	for len(took) < t.s.changes && time.Since(began) < t.s.changeLimit {
-		t.meter.idle(ctx, 1200*time.Millisecond, 20*time.Second)
+		t.meter.idle(ctx, 1200*time.Millisecond, time.Minute)
+		before := t.started()
 		limit, cancel := context.WithTimeout(ctx, changeTimeout)
 		start := time.Now()
 		want, written := t.c.changeCanary(limit)
@@ -281,12 +302,27 @@ func (t *trial) oneByOne(ctx context.Context) error {
 			return err
 		}
 		took, failed = append(took, at.Sub(start)), failed+lost
+		t.meter.idle(ctx, 0, time.Minute)
+		n, programs := since(before, t.started())
+		starts, what = append(starts, n), programs
 	}
 	slices.Sort(took)
 	t.set("change.p50", reading{Value: milli(quantile(took, 0.5)), N: len(took)})
 	t.set("change.p99", reading{Value: milli(quantile(took, 0.99)), N: len(took)})
 	t.set("change.failed", reading{Value: float64(failed), N: len(took)})
+	if t.c.starts != nil {
+		slices.Sort(starts)
+		t.set("change.starts", reading{Value: float64(starts[len(starts)/2]), N: len(starts), Note: what})
+	}
 	return nil
+}
+
+// started are the processes that the program has started so far.
+func (t *trial) started() map[string]int {
+	if t.c.starts == nil {
+		return nil
+	}
+	return t.c.starts.of(t.proc.pid())
 }
 
 // many changes endpoints of many Services at a steady rate and sees what CPU time
@@ -302,6 +338,9 @@ func (t *trial) many(ctx context.Context) error {
 	defer tick.Stop()
 	var writes errgroup.Group
 	picked := sample(t.s.services, t.s.burst)
+	if t.s.profiles != "" {
+		go t.profile(ctx, "cpu-changes.pprof", "/debug/pprof/profile?seconds=10")
+	}
 	for k := range t.s.burst {
 		<-tick.C
 		if k > 0 && k%len(picked) == 0 {
@@ -352,8 +391,9 @@ func (t *trial) memoryAtTheEnd(ctx context.Context) error {
 	t.set("rss.peak", reading{Value: mebibytes(u.peak)})
 	t.set("rss.children", reading{Value: mebibytes(child)})
 	t.set("rss.together", reading{Value: mebibytes(max(together, u.peak))})
-	if t.program == ours && t.s.profiles != "" {
-		t.profile(ctx, "heap-end", "heap?gc=1")
+	if t.s.profiles != "" {
+		t.profile(ctx, "heap-end.pprof", "/debug/pprof/heap?gc=1")
+		t.profile(ctx, "metrics", "/metrics")
 	}
 	return nil
 }

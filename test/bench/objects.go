@@ -16,6 +16,7 @@ import (
 var (
 	serviceRange  = netip.MustParsePrefix("10.96.0.0/12")
 	clusterRange  = netip.MustParsePrefix("10.128.0.0/9") // --cluster-cidr: pods of all nodes
+	nodeRange     = netip.MustParsePrefix("172.18.0.0/16")
 	endpointRange = netip.MustParsePrefix("10.192.0.0/10")
 
 	kubernetesIP = netip.MustParseAddr("10.96.0.1") // given by the API server

@@ -100,7 +100,8 @@ type usage struct {
 // meter watches a process: memory of children is gone when they end, so it has
 // to be looked at while they run.
 type meter struct {
-	pid int
+	pid  int
+	busy time.Time // when idle saw it at work last
 
 	mu           sync.Mutex
 	childPeak    int64 // the largest VmHWM seen of one child
@@ -167,6 +168,7 @@ func (m *meter) usage() (usage, error) {
 func (m *meter) idle(ctx context.Context, least, most time.Duration) bool {
 	const window, quiet = 500 * time.Millisecond, 10 * time.Millisecond
 	began := time.Now()
+	m.busy = began
 	last, err := m.usage()
 	for err == nil && time.Since(began) < most {
 		select {
@@ -176,13 +178,20 @@ func (m *meter) idle(ctx context.Context, least, most time.Duration) bool {
 		}
 		var now usage
 		now, err = m.usage()
-		if now.children == 0 && last.children == 0 && now.cpu-last.cpu <= quiet && time.Since(began) >= least {
-			return true
+		if now.children == 0 && last.children == 0 && now.cpu-last.cpu <= quiet {
+			if time.Since(began) >= least {
+				return true
+			}
+		} else {
+			m.busy = time.Now()
 		}
 		last = now
 	}
 	return false
 }
+
+// busyUntil is when idle, which must have returned, saw the process at work last.
+func (m *meter) busyUntil() time.Time { return m.busy }
 
 // clockTick is the unit of times in /proc/PID/stat: USER_HZ, 100 on every Linux.
 const clockTick = 10 * time.Millisecond

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// profile saves what the agent's pprof pages give. They are up a moment after its
-// start.
+// profile saves a page of the program's metrics server. It is up a moment after
+// the start.
 func (t *trial) profile(ctx context.Context, name, page string) {
 	err := await(ctx, 30*time.Second, "the metrics server is up", func() error { return t.fetch(ctx, name, page) })
 	if err != nil {
@@ -22,7 +22,7 @@ func (t *trial) profile(ctx context.Context, name, page string) {
 func (t *trial) fetch(ctx context.Context, name, page string) error {
 	transport := &http.Transport{DialContext: t.node.DialContext}
 	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:10249/debug/pprof/"+page, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:10249"+page, nil)
 	if err != nil {
 		return err
 	}
@@ -34,7 +34,7 @@ func (t *trial) fetch(ctx context.Context, name, page string) error {
 	if answer.StatusCode != http.StatusOK {
 		return fmt.Errorf("get %s: %s", page, answer.Status)
 	}
-	out, err := os.Create(filepath.Join(t.s.profiles, t.variant+"-"+name+".pprof"))
+	out, err := os.Create(filepath.Join(t.s.profiles, t.name()+"-"+t.program+"-"+name))
 	if err != nil {
 		return err
 	}
