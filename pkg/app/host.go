@@ -94,7 +94,7 @@ func Cleanup(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		if err := iptables.CleanupHost(ctx, f); err != nil {
 			errs = append(errs, fmt.Errorf("clean up %s: %w", f, err))
 		}
-		if err := host.cleanup(ctx, f); err != nil { // after the rules: they hold on to sets
+		if err := host.cleanup(ctx, f, cfg.IPVS.ExcludeCIDRs); err != nil { // after the rules: they hold on to sets
 			errs = append(errs, fmt.Errorf("clean up ipvs mode of %s: %w", f, err))
 		}
 		if _, err := nftables.RemoveKubeProxy(f); err != nil {

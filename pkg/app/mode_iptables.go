@@ -82,7 +82,7 @@ func (m *iptablesMode) objects() []string { return []string{"chain", "jump"} }
 func (m *iptablesMode) removeOthers(ctx context.Context, f model.Family) (string, error) {
 	return removeAll(
 		removal{"the ipvs mode's virtual servers, addresses, sets and chains (connections through the virtual servers end with them)",
-			func() (bool, error) { return m.a.ipvs.removeOther(ctx, f) }},
+			func() (bool, error) { return m.a.ipvs.removeOther(ctx, f, m.cfg.IPVS.ExcludeCIDRs) }},
 		removal{"the table of kube-proxy's nftables mode", func() (bool, error) { return nftables.RemoveKubeProxy(f) }})
 }
 

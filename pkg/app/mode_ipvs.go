@@ -37,8 +37,8 @@ type ipvsKernel struct {
 	open           func(ipvs.Options) (ipvsProxier, error)
 	checkScheduler func(name string, offered []string) error
 	setTimeouts    func(tcp, tcpFin, udp time.Duration) error
-	removeOther    func(ctx context.Context, f model.Family) (bool, error)
-	cleanup        func(ctx context.Context, f model.Family) error
+	removeOther    func(ctx context.Context, f model.Family, exclude []netip.Prefix) (bool, error)
+	cleanup        func(ctx context.Context, f model.Family, exclude []netip.Prefix) error
 }
 
 func systemIPVS() ipvsKernel {

@@ -47,8 +47,8 @@ func (f *fakeIPVS) kernel() ipvsKernel {
 			f.timeouts = append(f.timeouts, tcp, tcpFin, udp)
 			return nil
 		},
-		removeOther: func(context.Context, model.Family) (bool, error) { return false, nil },
-		cleanup:     func(context.Context, model.Family) error { return nil },
+		removeOther: func(context.Context, model.Family, []netip.Prefix) (bool, error) { return false, nil },
+		cleanup:     func(context.Context, model.Family, []netip.Prefix) error { return nil },
 	}
 }
 

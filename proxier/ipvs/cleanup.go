@@ -55,27 +55,28 @@ func (x *Proxier) Cleanup(ctx context.Context) error {
 }
 
 // CleanupHost removes what Cleanup removes, with the rules of every variant of
-// iptables that is installed and in use. It needs no IPVS in the kernel.
-func CleanupHost(ctx context.Context, family model.Family) error {
-	_, err := removeHost(ctx, family, all)
+// iptables that is installed and in use. exclude is Options.Exclude. It needs no
+// IPVS in the kernel.
+func CleanupHost(ctx context.Context, family model.Family, exclude []netip.Prefix) error {
+	_, err := removeHost(ctx, family, exclude, all)
 	return err
 }
 
 // RemoveOther removes what CleanupHost removes, but for the rules that iptables
 // mode has by the same name: those must be iptables mode's by then. It says
 // whether there was anything.
-func RemoveOther(ctx context.Context, family model.Family) (bool, error) {
-	return removeHost(ctx, family, notShared)
+func RemoveOther(ctx context.Context, family model.Family, exclude []netip.Prefix) (bool, error) {
+	return removeHost(ctx, family, exclude, notShared)
 }
 
-func removeHost(ctx context.Context, family model.Family, what xtables.Scope) (bool, error) {
+func removeHost(ctx context.Context, family model.Family, exclude []netip.Prefix, what xtables.Scope) (bool, error) {
 	k, err := newKernel(family, xtables.Programs{Family: family}, xtables.Stats{})
 	if err != nil {
 		return false, err
 	}
 	defer k.close()
 	k.everywhere = true
-	return newProxier(Options{Family: family}, k).remove(ctx, what)
+	return newProxier(Options{Family: family, Exclude: exclude}, k).remove(ctx, what)
 }
 
 func (x *Proxier) remove(ctx context.Context, what xtables.Scope) (bool, error) {

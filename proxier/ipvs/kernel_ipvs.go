@@ -252,8 +252,11 @@ func explain(o *op, err error) error {
 	return err
 }
 
-// readServers takes the servers from a dump, and all destinations from
-// /proc/net/ip_vs: by netlink they would be a dump for each server.
+// readServers takes the servers from a dump, and destinations from
+// /proc/net/ip_vs: by netlink they would be a dump for each server. That is done
+// only for servers that are missing in the file (Linux 6.1 leaves some out while
+// another network namespace has servers, too), and for those by mark, which look
+// alike there in both families.
 func (k *nlKernel) readServers(ctx context.Context) (map[serverKey]*liveServer, error) {
 	servers := map[serverKey]*liveServer{}
 	id, err := k.ipvsFamily(ctx)
@@ -281,8 +284,23 @@ func (k *nlKernel) readServers(ctx context.Context) (map[serverKey]*liveServer, 
 	if err != nil {
 		return nil, fmt.Errorf("list destinations: %w", err)
 	}
-	if err := parseDestinations(data, k.family, servers); err != nil {
+	seen, err := parseDestinations(data, servers)
+	if err != nil {
 		return nil, fmt.Errorf("list destinations: %w", err)
+	}
+	for key := range servers {
+		if seen[key] {
+			continue
+		}
+		s, err := lookupServer(ctx, k.genl, id, k.af(), key)
+		if err != nil {
+			return nil, fmt.Errorf("look up virtual server %s: %w", key, err)
+		}
+		if s == nil {
+			delete(servers, key) // gone since
+		} else {
+			servers[key] = s
+		}
 	}
 	return servers, nil
 }
@@ -347,8 +365,9 @@ func parseAddr(v []byte, af uint8) netip.Addr {
 //	  -> 0AF40107:1F90      Masq    1      0          2
 //	FWM  00002801 mh
 //
-// Virtual servers by mark of both families look alike; their destinations do not.
-func parseDestinations(data []byte, family model.Family, servers map[serverKey]*liveServer) error {
+// It returns the virtual servers by address that it found there.
+func parseDestinations(data []byte, servers map[serverKey]*liveServer) (map[serverKey]bool, error) {
+	seen := make(map[serverKey]bool, len(servers))
 	var at *liveServer
 	lines := bufio.NewScanner(bytes.NewReader(data))
 	for lines.Scan() {
@@ -359,29 +378,30 @@ func parseDestinations(data []byte, family model.Family, servers map[serverKey]*
 		if string(f[0]) != "->" {
 			key, ok := parseKeyText(string(f[0]), f[1])
 			if !ok {
-				return fmt.Errorf("read virtual server %q", lines.Text())
+				return nil, fmt.Errorf("read virtual server %q", lines.Text())
 			}
-			at = servers[key]
+			at = nil
+			if key.mark == 0 {
+				seen[key], at = true, servers[key]
+			}
 			continue
 		}
 		if at == nil {
-			continue // of the other family, or newer than the list
+			continue // of the other family, by mark, or newer than the list
 		}
 		if len(f) < 6 {
-			return fmt.Errorf("read destination %q", lines.Text())
+			return nil, fmt.Errorf("read destination %q", lines.Text())
 		}
 		to, ok := parseAddrPortText(f[1])
 		weight, err1 := strconv.ParseInt(string(f[3]), 10, 64)
 		active, err2 := strconv.ParseInt(string(f[4]), 10, 64)
 		inactive, err3 := strconv.ParseInt(string(f[5]), 10, 64)
 		if !ok || errors.Join(err1, err2, err3) != nil {
-			return fmt.Errorf("read destination %q", lines.Text())
+			return nil, fmt.Errorf("read destination %q", lines.Text())
 		}
-		if to.Addr().Is6() == (family == model.IPv6) {
-			at.destinations[to] = liveDest{uint32(weight), uint32(max(active, 0)), uint32(max(inactive, 0)), string(f[2]) != "Masq"}
-		}
+		at.destinations[to] = liveDest{uint32(weight), uint32(max(active, 0)), uint32(max(inactive, 0)), string(f[2]) != "Masq"}
 	}
-	return lines.Err()
+	return seen, lines.Err()
 }
 
 var protocolNames = map[string]model.Protocol{"TCP": model.TCP, "UDP": model.UDP, "SCTP": model.SCTP, "IP": 0}

@@ -169,7 +169,8 @@ func TestKernelWriteOrder(t *testing.T) {
 	}
 }
 
-// TestKernelParseDestinations reads both families' servers of one mark.
+// TestKernelParseDestinations: what is not found by its address is left to be
+// looked up.
 func TestKernelParseDestinations(t *testing.T) {
 	const text = `IP Virtual Server version 1.2.1 (size=4096)
 Prot LocalAddress:Port Scheduler Flags
@@ -188,19 +189,23 @@ FWM  00002801 sh
 	mark := serverKey{mark: 0x2801}
 	empty := func() *liveServer { return &liveServer{destinations: map[netip.AddrPort]liveDest{}} }
 	got := map[serverKey]*liveServer{tcp: empty(), mark: empty()}
-	if err := parseDestinations([]byte(text), model.IPv4, got); err != nil {
+	seen, err := parseDestinations([]byte(text), got)
+	if err != nil {
 		t.Fatal(err)
+	}
+	if !seen[tcp] || seen[mark] || len(seen) != 2 {
+		t.Errorf("seen %v", seen)
 	}
 	pod := netip.MustParseAddrPort
 	want := map[serverKey]*liveServer{
 		tcp:  {destinations: map[netip.AddrPort]liveDest{pod("10.244.1.2:8080"): {0, 3, 12, false}, pod("10.244.1.1:8080"): {1, 0, 0, true}}},
-		mark: {destinations: map[netip.AddrPort]liveDest{pod("10.244.1.1:8080"): {weight: 1}}},
+		mark: empty(),
 	}
 	if diff := cmp.Diff(want, got, comparers); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	for _, bad := range []string{"TCP 0A6:x rr", "QQQ 0A600001:0050 rr", "TCP 0A600001:0050 rr\n -> zz:1 Masq 1 0 0", "TCP 0A600001:0050 rr\n -> 0A600001:0050 Masq 1"} {
-		if err := parseDestinations([]byte(bad), model.IPv4, got); err == nil {
+		if _, err := parseDestinations([]byte(bad), got); err == nil {
 			t.Errorf("%q was understood", bad)
 		}
 	}

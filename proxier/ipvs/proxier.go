@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"time"
 
@@ -67,6 +68,8 @@ type Proxier struct {
 
 	written bool // this process has written: what it finds changed is drift
 	patrol  patrol
+	// rulesDue is when the tables may be read again because others wrote to them.
+	rulesDue time.Time
 }
 
 // aside is a plan that the kernel refused.
@@ -177,8 +180,10 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 		for p := range want.All {
 			r.step(x.applied.Get(p.PortKey), p)
 		}
-		if err := x.prepare(ctx, want.Facts); err != nil {
-			return err
+		if is := base(&x.o, want.Facts); !reflect.DeepEqual(is, base(&x.o, x.applied.Facts)) {
+			if err := x.prepare(ctx, is); err != nil {
+				return err
+			}
 		}
 	} else {
 		plan.Changes(x.applied, want, func(old, new *plan.Plan) bool { r.step(old, new); return true })
@@ -196,14 +201,14 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 	return x.withdraw(ctx, r.is, failures)
 }
 
-// prepare brings the rules into force that depend on facts only. What others
-// wrote to the tables before is for Check to see.
-func (x *Proxier) prepare(ctx context.Context, facts *plan.Facts) error {
+// prepare brings rules into force that facts have changed. What others wrote to
+// the tables before is for Check to see.
+func (x *Proxier) prepare(ctx context.Context, is static) error {
 	before, err := x.kernel.token(ctx)
 	if err != nil {
 		return err
 	}
-	if _, err := x.kernel.prepare(ctx, base(&x.o, facts)); err != nil || before.tables != x.token.tables {
+	if _, err := x.kernel.prepare(ctx, is); err != nil || before.tables != x.token.tables {
 		return err
 	}
 	x.token, err = x.kernel.token(ctx)

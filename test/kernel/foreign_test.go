@@ -276,7 +276,7 @@ func TestCleanup(t *testing.T) {
 		clean func(*ipvs.Proxier) error
 	}{
 		{"by the proxier", func(p *ipvs.Proxier) error { return p.Cleanup(t.Context()) }},
-		{"of the host", func(*ipvs.Proxier) error { return ipvs.CleanupHost(t.Context(), model.IPv4) }},
+		{"of the host", func(*ipvs.Proxier) error { return ipvs.CleanupHost(t.Context(), model.IPv4, nil) }},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			w := newIdleWorld(t, list)
@@ -343,7 +343,7 @@ func TestModeChange(t *testing.T) {
 	o.arriveLate()
 	want = o.state()
 	w.iptablesMode(list)
-	w.do(func() error { _, err := ipvs.RemoveOther(t.Context(), model.IPv4); return err })
+	w.do(func() error { _, err := ipvs.RemoveOther(t.Context(), model.IPv4, nil); return err })
 	same("the change to iptables mode")
 	for range 8 {
 		if c, err := w.open(sources(1)[0], vip("10.96.3.1")); err != nil {
