@@ -104,6 +104,7 @@ var foreignFlags = []string{
 	"server-side", "skip-phases", "type", // kubectl, kubeadm
 	"preserve-credentials", // nsenter
 	"noflush", "random-fully", "ctstate", "set-xmark", "dport", "comment",
+	"match-set", "map-set", "map-mark", "reject-with", "stats", // iptables's, ipvsadm's
 	"mode", "probability", "mark", "src-type", "dst-type", "to-destination", // iptables; mode is ours as well
 	"token-auth-file", "profiles",
 }
@@ -224,7 +225,7 @@ func TestAnchors(t *testing.T) {
 // TestNames looks for exported names that documents mention as package.Name.
 func TestNames(t *testing.T) {
 	packages := map[string]string{"app": "pkg/app", "state": "pkg/state", "plan": "pkg/plan", "model": "pkg/model",
-		"reconcile": "pkg/reconcile", "watch": "pkg/watch", "convert": "pkg/convert", "iptables": "proxier/iptables"}
+		"reconcile": "pkg/reconcile", "watch": "pkg/watch", "convert": "pkg/convert", "iptables": "proxier/iptables", "ipvs": "proxier/ipvs"}
 	names := map[string]bool{}
 	for short, dir := range packages {
 		for _, name := range exported(t, dir) {
@@ -233,7 +234,7 @@ func TestNames(t *testing.T) {
 	}
 	found := 0
 	for _, d := range documents(t) {
-		found += check(t, d, "`((?:app|state|plan|model|reconcile|watch|convert|iptables)\\.[A-Z][A-Za-z]+)`", "name", func(name string) bool { return names[name] })
+		found += check(t, d, "`((?:app|state|plan|model|reconcile|watch|convert|iptables|ipvs)\\.[A-Z][A-Za-z]+)`", "name", func(name string) bool { return names[name] })
 	}
 	if found < 5 {
 		t.Errorf("found %d names only", found)
@@ -290,7 +291,7 @@ func TestQuotedCommands(t *testing.T) {
 	found := 0
 	for _, block := range (document{"README.md", read(t, "README.md")}).blocks("sh") {
 		for line := range strings.Lines(block) {
-			if strings.HasPrefix(line, "kubectl ") {
+			if strings.HasPrefix(line, "kubectl ") && !strings.HasPrefix(line, "kubectl annotate ") {
 				found++
 				if !strings.Contains(long, line) {
 					t.Errorf("README.md: deploy/README.md does not have %s", line)
