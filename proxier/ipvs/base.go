@@ -62,7 +62,7 @@ const (
 	insideSigMask   = 0x3800
 	insideMask      = 0x3fff
 	insideMost      = 0x07ff // marks that there are
-	insideHigh      = 15
+	insideHigh      = 16     // not 15: bit 15 is the kubelet's mark to drop
 )
 
 // insideShift moves the marks above the masquerade bit if that is among their
@@ -187,9 +187,11 @@ func (w ruleWriter) services() []string {
 		join(note("Kubernetes service external ip + port for masquerade and filter purpose"), w.match(setExternalIP, "dst,dst"), "-j "+chainMarkMasq),
 		w.match(setExternalIP, "dst,dst")+" -j ACCEPT",
 		w.match(setExternalIPLocal, "dst,dst")+" -j ACCEPT",
-		"-m addrtype --dst-type LOCAL -j "+chainNodePort,
+		// Before the node ports: an address on kube-ipvs0 is local, too, and its port
+		// may be the number of a node port (kubernetes issue 132068).
 		w.match(setClusterIP, "dst,dst")+" -j ACCEPT",
-		w.match(setLoadBalancer, "dst,dst")+" -j ACCEPT")
+		w.match(setLoadBalancer, "dst,dst")+" -j ACCEPT",
+		"-m addrtype --dst-type LOCAL -j "+chainNodePort)
 }
 
 func (w ruleWriter) nodePorts() []string {
@@ -260,7 +262,10 @@ func (w ruleWriter) filter() []string {
 // out is for the node's own packets, which IPVS takes before the filter table
 // sees them.
 func (w ruleWriter) out() []string {
-	list := []string{w.firewall()}
+	list := []string{
+		join(isNew, note(setSpecs[setDrop].comment), w.match(setDrop, "dst,dst"), "-j DROP"),
+		w.firewall(),
+	}
 	if w.o.Inside {
 		list = append(list, join(isNew, w.mapInside()))
 	}

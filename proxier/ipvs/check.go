@@ -21,7 +21,7 @@ const (
 
 // Check ends what is drained, and looks for changes made by others: at the sizes
 // of the sets, at the tables' token, and at a part of the virtual servers each
-// time. If something is not as it was left, everything is read and repaired.
+// time. It also tries again what the kernel refused, when that is due. If something is not as it was left, everything is read and repaired.
 // With force it is in any case. It says whether it looked at everything. It does
 // nothing before the first Sync.
 func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
@@ -30,6 +30,12 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	}
 	if err := x.drain(ctx); err != nil {
 		return false, err
+	}
+	if x.anyDue() {
+		if err := x.syncChanges(ctx, x.applied); err != nil {
+			return false, err
+		}
+		x.takeBack()
 	}
 	if !force {
 		right, err := x.looksRight(ctx)

@@ -91,12 +91,12 @@ func (x *Proxier) remove(ctx context.Context, what xtables.Scope) (bool, error) 
 	}
 	var ops []op
 	for _, k := range slices.SortedFunc(maps.Keys(have.servers), serverKey.compare) {
-		if x.ours(k, have) && !x.excluded(k) {
+		if x.ours(k, have) {
 			ops = append(ops, op{kind: delServer, key: k})
 		}
 	}
 	for _, a := range slices.SortedFunc(maps.Keys(have.addrs), netip.Addr.Compare) {
-		if have.ourAddr(a) && !x.excluded(serverKey{addr: a}) {
+		if have.ourAddr(a) {
 			ops = append(ops, op{kind: delAddr, addr: a})
 		}
 	}

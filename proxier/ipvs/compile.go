@@ -84,12 +84,12 @@ func (c compiler) frontend(rs *ruleset, p *plan.Plan, f frontend, mark uint32) {
 	outside, inside := f.FromOutside, f.FromNode
 	switch {
 	case outside.To == plan.Drop && inside.To == plan.Drop:
-		put(setDrop)
-		return // without a virtual server: it would answer with a rejection
+		put(setDrop) // the virtual server is for the connections that are open
 	case outside.To == plan.Drop:
 		put(setDropOutside)
-		outside = inside
-	case mark != 0 && inside.To != outside.To:
+		outside = inside // for packets of the inside whose mark somebody else has changed
+	}
+	if mark != 0 && split(p, f.Frontend) {
 		marked := here
 		marked.mark = mark
 		rs.entries = append(rs.entries, placed{setInside, marked})
@@ -105,8 +105,7 @@ func (c compiler) frontend(rs *ruleset, p *plan.Plan, f frontend, mark uint32) {
 // through, and tell a later start which virtual servers are ours.
 func (c compiler) kind(rs *ruleset, p *plan.Plan, f frontend, here entry) {
 	put := func(set setID, e entry) { rs.entries = append(rs.entries, placed{set, e}) }
-	// A rejected frontend is let through to its virtual server, which rejects.
-	masquerade := f.FromOutside.Masquerade || f.FromOutside.To == plan.Reject
+	masquerade := !split(p, f.Frontend)
 	switch f.Kind {
 	case plan.ClusterIP:
 		put(setClusterIP, here)
@@ -165,16 +164,21 @@ func (c compiler) sources(rs *ruleset, f frontend, here entry) {
 	}
 }
 
-// needsInside says whether a plan sends clients inside elsewhere than clients
-// outside, so that it needs a mark. If all endpoints are here there is no
-// difference.
+// split says whether a frontend sends clients inside elsewhere than clients
+// outside: it has externalTrafficPolicy Local. Whether there is a difference now
+// depends on the endpoints, and must not matter: a virtual server that comes and
+// goes with them would end connections.
+func split(p *plan.Plan, f *plan.Frontend) bool {
+	return f.Kind != plan.ClusterIP && p.Why&plan.ExternalLocal != 0
+}
+
+// needsInside says whether a plan needs a mark.
 func (c compiler) needsInside(p *plan.Plan) bool {
-	if !c.inside || slices.Equal(p.Cluster, p.Local) {
+	if !c.inside || p.Why&plan.ExternalLocal == 0 {
 		return false
 	}
 	for i := range p.Frontends {
-		f := &p.Frontends[i]
-		if f.FromOutside.To == plan.Local && f.FromNode.To == plan.Cluster && len(c.addresses(f)) > 0 {
+		if f := &p.Frontends[i]; split(p, f) && len(c.addresses(f)) > 0 {
 			return true
 		}
 	}
@@ -188,13 +192,18 @@ func (c compiler) needsInside(p *plan.Plan) bool {
 func (c compiler) insideServer(p *plan.Plan, mark uint32) server {
 	set := c.settings(p)
 	if p.Affinity > 0 {
-		set = settings{scheduler: "sh"}
+		set = settings{scheduler: "sh", flags: flagSched1}
 		if c.maglev {
 			set.scheduler = "mh" // fewer clients move when endpoints change
 		}
 	}
 	return server{serverKey: serverKey{mark: mark}, settings: set, destinations: destinations(p.Cluster)}
 }
+
+// defaultFlags are the flags of schedulers where a Service does not say. Without
+// fallback, a client whose endpoint takes no new connections is refused, as long
+// as the endpoint drains. mh-port is kube-proxy's default.
+var defaultFlags = map[string]uint32{"sh": flagSched1, "mh": flagSched1 | flagSched2}
 
 // settings are those of a plan's virtual servers.
 func (c compiler) settings(p *plan.Plan) settings {
@@ -204,9 +213,7 @@ func (c compiler) settings(p *plan.Plan) settings {
 	}
 	switch {
 	case !p.Balance.FlagsSet:
-		if s.scheduler == "mh" {
-			s.flags |= flagSched2 // mh-port, as in kube-proxy
-		}
+		s.flags = defaultFlags[s.scheduler]
 	default:
 		if p.Balance.Flags&plan.SchedFallback != 0 {
 			s.flags |= flagSched1

@@ -13,6 +13,7 @@ import (
 // one of the sets, or its mark has our signature. IPVS itself keeps no note of
 // who wrote what. Elements are written before the virtual servers that they
 // vouch for and removed after them, so that this holds whenever a process ends.
+// Exclude concerns what is only guessed.
 func (x *Proxier) ours(k serverKey, have *actual) bool {
 	if k.mark != 0 {
 		return signed(k.mark, 0) || signed(k.mark, insideHigh) // the masquerade bit may have been another
@@ -20,10 +21,7 @@ func (x *Proxier) ours(k serverKey, have *actual) bool {
 	if have.vouched(k) {
 		return true
 	}
-	if have.flushed() {
-		return have.addrs[k.addr]
-	}
-	return len(have.sets[setNodePortServers]) == 0 && have.kubeProxyNodePort(k)
+	return len(have.sets[setNodePortServers]) == 0 && have.kubeProxyNodePort(k) && !x.excluded(k.addr)
 }
 
 // signed says whether a packet mark has our signature, where a shift puts it.
@@ -39,30 +37,22 @@ func (a *actual) vouched(k serverKey) bool {
 	return slices.ContainsFunc(vouchers, func(id setID) bool { return a.sets[id][e] })
 }
 
-// flushed says that our sets are there, and somebody emptied them.
-func (a *actual) flushed() bool {
-	for id, set := range a.sets {
-		if len(set) > 0 || set == nil && setID(id) == setIPs {
-			return false
-		}
-	}
-	return true
-}
-
 // ourAddr says whether an address on kube-ipvs0 was put there by us or by
-// kube-proxy. One that is older than the set of addresses has them in others; if
-// somebody flushed the sets, those with virtual servers are ours.
+// kube-proxy. One that is older than the set of addresses has them in others.
 func (a *actual) ourAddr(addr netip.Addr) bool {
-	if a.sets[setIPs][entry{addr: addr}] {
-		return true
+	if len(a.sets[setIPs]) > 0 {
+		return a.sets[setIPs][entry{addr: addr}]
 	}
-	old, flushed := len(a.sets[setIPs]) == 0, a.flushed()
 	for k := range a.servers {
-		if k.addr == addr && (flushed || old && a.vouched(k)) {
+		if k.addr == addr && a.vouched(k) {
 			return true
 		}
 	}
 	return false
+}
+
+func (x *Proxier) excluded(addr netip.Addr) bool {
+	return slices.ContainsFunc(x.o.Exclude, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
 // kubeProxyNodePort says whether a virtual server can be one that kube-proxy
@@ -73,15 +63,17 @@ func (a *actual) kubeProxyNodePort(k serverKey) bool {
 	return ok && !k.addr.IsLoopback() && a.sets[id][entry{port: k.port}]
 }
 
-// subsetOf says whether a live virtual server leads to nothing but what is
-// wanted: nobody but us, or kube-proxy, makes such a one.
-func (l *liveServer) subsetOf(s *server) bool {
-	for at, d := range l.destinations {
-		if d.foreign || !slices.ContainsFunc(s.destinations, func(w destination) bool { return w.at == at }) {
+// alike says whether a live virtual server can be ours, though no set says so
+// (somebody flushed them while no agent ran): it sends new connections to nothing
+// but what is wanted.
+func (a *actual) alike(live *liveServer, s *server) bool {
+	for at, d := range live.destinations {
+		wanted := slices.ContainsFunc(s.destinations, func(w destination) bool { return w.at == at })
+		if d.foreign || d.weight > 0 && !wanted {
 			return false
 		}
 	}
-	return len(l.destinations) > 0
+	return len(live.destinations) > 0 || a.addrs[s.addr]
 }
 
 // avoid leaves a virtual server alone that a plan wants and somebody else has.

@@ -92,9 +92,12 @@ func (x *Proxier) start(want *plan.Set, have *actual, only func(*plan.Plan) bool
 	x.ledger = newLedger()
 	x.patrol = patrol{}
 	x.foreign = map[serverKey]model.PortKey{}
+	clear(x.partial)
 	for key, a := range x.aside {
-		if want.Get(key) != a.plan || x.now().Sub(a.since) >= a.wait {
-			delete(x.aside, key) // withdraw sets it aside again
+		if a.trying = a.due(x.now()); want.Get(key) != a.plan {
+			delete(x.aside, key)
+		} else {
+			x.aside[key] = a
 		}
 	}
 	plans := make([]*plan.Plan, 0, want.Len())
@@ -120,7 +123,7 @@ func (x *Proxier) start(want *plan.Set, have *actual, only func(*plan.Plan) bool
 		rs := c.compile(p, x.mark(c, p))
 		for i := range rs.servers {
 			s := &rs.servers[i]
-			if live := have.servers[s.serverKey]; live != nil && mine[s.serverKey] == nil && !x.ours(s.serverKey, have) && !live.subsetOf(s) {
+			if live := have.servers[s.serverKey]; live != nil && mine[s.serverKey] == nil && !x.ours(s.serverKey, have) && !have.alike(live, s) {
 				x.avoid(s.serverKey, p)
 			}
 		}
@@ -208,7 +211,7 @@ func (x *Proxier) amend(o *opList, s *server, live *liveServer, p *plan.Plan) {
 			// It is not reached by NAT, and what is wanted in its place has the same key.
 			o.add(op{kind: delDest, key: s.serverKey, dest: destination{at: at}})
 		case !wanted && d.weight == 0:
-			x.stillLeaving(o, s.serverKey, at, d, p)
+			x.stillLeaving(o, s, at, d, p)
 		default:
 			old.destinations = append(old.destinations, destination{at, d.weight})
 		}
@@ -218,27 +221,27 @@ func (x *Proxier) amend(o *opList, s *server, live *liveServer, p *plan.Plan) {
 
 // stillLeaving is a destination that is drained already, by us or by an earlier
 // process.
-func (x *Proxier) stillLeaving(o *opList, k serverKey, at netip.AddrPort, d liveDest, p *plan.Plan) {
-	if p.Protocol == model.UDP || d.active+d.inactive == 0 {
-		x.drains.drop(k, at)
-		o.leave(op{kind: delDest, key: k, dest: destination{at: at}})
+func (x *Proxier) stillLeaving(o *opList, s *server, at netip.AddrPort, d liveDest, p *plan.Plan) {
+	if !drained(p, s) || d.active+d.inactive == 0 {
+		x.drains.drop(s.serverKey, at)
+		o.leave(op{kind: delDest, key: s.serverKey, dest: destination{at: at}})
 		return
 	}
-	x.drains.add(k, at, x.now())
+	x.drains.add(s.serverKey, at, x.now())
 }
 
 // surplus gives the ops that remove what is ours and nobody wants.
 func (x *Proxier) surplus(have *actual) []op {
 	var o opList
 	for _, k := range slices.SortedFunc(maps.Keys(have.servers), serverKey.compare) {
-		if x.ledger.winner(k) == nil && x.ours(k, have) && !x.excluded(k) {
+		if x.ledger.winner(k) == nil && x.ours(k, have) {
 			x.drains.dropServer(k)
 			o.add(op{kind: delServer, key: k})
 		}
 	}
 	for _, a := range slices.SortedFunc(maps.Keys(have.addrs), netip.Addr.Compare) {
 		s := shared{setCount, entry{addr: a}}
-		if x.ledger.needs[s] == 0 && have.ourAddr(a) && !x.excluded(serverKey{addr: a}) {
+		if x.ledger.needs[s] == 0 && have.ourAddr(a) {
 			o.add(s.op(s.entry, false, nil))
 		}
 	}
@@ -252,10 +255,6 @@ func (x *Proxier) surplus(have *actual) []op {
 		}
 	}
 	return o.ordered()
-}
-
-func (x *Proxier) excluded(k serverKey) bool {
-	return slices.ContainsFunc(x.o.Exclude, func(p netip.Prefix) bool { return k.addr.IsValid() && p.Contains(k.addr) })
 }
 
 // anyOurs says whether the kernel has any virtual server of ours.

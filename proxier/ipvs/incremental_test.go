@@ -229,6 +229,136 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	}
 }
 
+// TestARefusedPartIsLeftOut: a destination that the kernel does not take costs
+// its port nothing else, and is tried again.
+func TestARefusedPartIsLeftOut(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 3))
+	w := newWorld(r, model.IPv4, 60)
+	for range 300 {
+		w.Step()
+	}
+	k := newFake()
+	bad := map[netip.Addr]bool{}
+	k.refuse = func(o op) error {
+		if (o.kind == putDest && bad[o.dest.at.Addr()]) || (o.kind == addEntry && o.set == setLoopBack && bad[o.entry.addr]) {
+			return errors.New("not this one")
+		}
+		return nil
+	}
+	set := w.Set()
+	for p := range set.All {
+		if len(p.Cluster) > 2 && len(bad) < 3 {
+			bad[p.Cluster[0].Addr()] = true
+		}
+	}
+	report := newReport()
+	o := options(w)
+	o.Report = report
+	x := newProxier(o, k)
+	insist(t, x, set)
+	whole := newFake()
+	insist(t, newProxier(options(w), whole), set)
+	if len(k.servers) != len(whole.servers) {
+		t.Errorf("%d virtual servers, want %d", len(k.servers), len(whole.servers))
+	}
+	if len(bad) != 3 || len(report.aside) < 3 {
+		t.Fatalf("told of %v for %v", report.aside, bad)
+	}
+	k.refuse = nil
+	for range patrolChecks + 1 {
+		if _, err := x.Check(context.Background(), false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d := cmp.Diff(fresh(t, w, set, nil), k.text(false)); d != "" {
+		t.Errorf("not tried again (-want +got):\n%s", d)
+	}
+	if len(report.aside) > 0 {
+		t.Errorf("still told: %v", report.aside)
+	}
+}
+
+// TestAsideBacksOff: what is refused is tried again on a quiet node, too, and
+// less and less often.
+func TestAsideBacksOff(t *testing.T) {
+	w := newWorld(rand.New(rand.NewPCG(1, 2)), model.IPv4, 40)
+	for range 200 {
+		w.Step()
+	}
+	k := newFake()
+	tries := 0
+	k.refuse = func(o op) error {
+		if o.kind == putServer && o.settings.scheduler == "wrr" {
+			tries++
+			return errors.New("no such scheduler")
+		}
+		return nil
+	}
+	x := newProxier(options(w), k)
+	clock := epoch
+	x.now = func() time.Time { return clock }
+	insist(t, x, w.Set())
+	var at []time.Duration
+	for range 5 * 60 {
+		before := tries
+		clock = clock.Add(time.Minute)
+		if _, err := x.Check(context.Background(), false); err != nil {
+			t.Fatal(err)
+		}
+		if tries > before {
+			at = append(at, clock.Sub(epoch))
+		}
+	}
+	want := []time.Duration{1, 3, 7, 15, 31, 63, 123, 183, 243}
+	for i := range want {
+		want[i] *= time.Minute
+	}
+	if !slices.Equal(at, want) {
+		t.Errorf("tried again after %v, want %v", at, want)
+	}
+	k.refuse = nil
+	clock = clock.Add(time.Hour)
+	if _, err := x.Check(context.Background(), false); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(fresh(t, w, w.Set(), nil), k.text(false)); d != "" {
+		t.Errorf("not in force though the kernel takes it:\n%s", d)
+	}
+}
+
+// TestEndpointsDoNotMoveServers: whatever endpoints come and go, a Service keeps
+// its virtual servers: one that goes takes its connections with it.
+func TestEndpointsDoNotMoveServers(t *testing.T) {
+	for _, policy := range []string{"external", "internal"} {
+		t.Run(policy, func(t *testing.T) {
+			w := newWorld(rand.New(rand.NewPCG(1, 1)), model.IPv4, 1)
+			w.Services["svc-0"] = &model.Service{ServiceName: model.ServiceName{Namespace: "ns", Name: "svc-0"}, ClusterIPs: []netip.Addr{w.Addr(10, 1)},
+				LoadBalancerIPs: []netip.Addr{w.Addr(172, 1)}, ExternalLocal: policy == "external", InternalLocal: policy == "internal",
+				Ports: []model.ServicePort{{Name: "p0", Protocol: model.TCP, Port: 80, NodePort: 30000}}}
+			k := newFake()
+			x := newProxier(options(w), k)
+			var keys string
+			for range 4 {
+				for _, nodes := range [][]string{{"node-0", "node-1"}, {"node-1"}, {"node-0"}, {}, {"node-1"}} {
+					sl := &model.Slice{Namespace: "ns", Name: "svc-0-0", Service: "svc-0", Family: model.IPv4,
+						Ports: []model.SlicePort{{Name: "p0", Protocol: model.TCP, Port: 8080}}}
+					for i, n := range nodes {
+						sl.Endpoints = append(sl.Endpoints, model.Endpoint{Addr: w.Addr(10, 100+i), Node: n, Ready: true, Serving: true})
+					}
+					w.Slices["svc-0-0"] = sl
+					w.Update("svc-0")
+					insist(t, x, w.Set())
+					now := fmt.Sprint(slices.SortedFunc(maps.Keys(k.servers), serverKey.compare))
+					if keys != "" && now != keys {
+						t.Fatalf("with endpoints on %v: %s, before %s", nodes, now, keys)
+					}
+					keys = now
+				}
+			}
+		})
+	}
+}
+
 // TestDrift: what somebody else changes is found and put right.
 func TestDrift(t *testing.T) {
 	w := newWorld(rand.New(rand.NewPCG(3, 4)), model.IPv4, 100)
@@ -363,6 +493,9 @@ func TestForeign(t *testing.T) {
 				t.Fatal(err)
 			}
 			insist(t, newProxier(options(w), k), set)
+			survived(t, k)
+			insist(t, newProxier(options(w), k), plan.EmptySet(set.Facts))
+			insist(t, newProxier(options(w), k), plan.EmptySet(set.Facts)) // now all sets are empty
 			survived(t, k)
 			if err := newProxier(options(w), k).Cleanup(context.Background()); err != nil {
 				t.Fatal(err)

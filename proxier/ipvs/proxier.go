@@ -63,6 +63,7 @@ type Proxier struct {
 	token   token
 
 	aside   map[model.PortKey]aside
+	partial map[model.PortKey]bool      // ports of which a part is left out
 	told    map[model.PortKey]bool      // reports that have not been taken back
 	foreign map[serverKey]model.PortKey // virtual servers that somebody else has, and the port that wants them
 
@@ -74,10 +75,13 @@ type Proxier struct {
 
 // aside is a plan that the kernel refused.
 type aside struct {
-	plan  *plan.Plan
-	since time.Time
-	wait  time.Duration
+	plan   *plan.Plan
+	since  time.Time
+	wait   time.Duration
+	trying bool // it is being tried again
 }
+
+func (a aside) due(now time.Time) bool { return now.Sub(a.since) >= a.wait }
 
 var _ proxier.Proxier = (*Proxier)(nil)
 
@@ -102,7 +106,7 @@ func newProxier(o Options, k kernel) *Proxier {
 		o.Scheduler = DefaultScheduler
 	}
 	return &Proxier{o: o, kernel: k, now: time.Now, ledger: newLedger(), drains: newDrains(),
-		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
+		aside: map[model.PortKey]aside{}, partial: map[model.PortKey]bool{}, told: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
 }
 
 type silent struct{}
@@ -122,9 +126,8 @@ func (x *Proxier) Forget() {
 
 // Sync makes the kernel's state equal to want. See proxier.Proxier.
 func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
-	before := len(x.aside) + len(x.foreign)
 	err := x.sync(ctx, want)
-	if err == nil && before > 0 {
+	if err == nil {
 		x.takeBack()
 	}
 	return err
@@ -144,12 +147,15 @@ func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
 
 // takeBack reports refusals that do not hold any more.
 func (x *Proxier) takeBack() {
+	if len(x.told) == 0 {
+		return
+	}
 	held := map[model.PortKey]bool{}
 	for _, key := range x.foreign {
 		held[key] = true
 	}
 	for key := range x.told {
-		if _, still := x.aside[key]; !still && !held[key] {
+		if _, still := x.aside[key]; !still && !held[key] && !x.partial[key] {
 			delete(x.told, key)
 			x.o.Report.SetAside(key, nil)
 		}
@@ -161,10 +167,10 @@ func (x *Proxier) tell(key model.PortKey, err error) {
 	x.o.Report.SetAside(key, err)
 }
 
-// keep leaves out plans that were set aside and are not due again.
+// keep leaves out plans that were set aside and are not tried again.
 func (x *Proxier) keep(p *plan.Plan) bool {
 	a, ok := x.aside[p.PortKey]
-	return !ok || a.plan != p
+	return !ok || a.plan != p || a.trying
 }
 
 // syncChanges writes the difference between the last applied Set and want.
@@ -219,38 +225,49 @@ func (x *Proxier) prepare(ctx context.Context, is static) error {
 // round. What is still refused is set aside again, for longer.
 func (x *Proxier) readmit(r *round, want *plan.Set) {
 	for key, a := range x.aside {
-		p := want.Get(key)
-		if p != a.plan {
+		switch p := want.Get(key); {
+		case p != a.plan:
 			delete(x.aside, key)
-			continue
-		}
-		if x.now().Sub(a.since) >= a.wait {
-			delete(x.aside, key)
-			r.retried[key] = a.wait
+		case a.due(x.now()):
+			a.trying = true
+			x.aside[key] = a
 			r.step(nil, p)
 		}
 	}
 }
 
-// withdraw sets the plans aside of which the kernel refused something, and takes
-// back what it did not refuse.
+// anyDue says whether a plan that was set aside is due for another try.
+func (x *Proxier) anyDue() bool {
+	for _, a := range x.aside {
+		if a.due(x.now()) {
+			return true
+		}
+	}
+	return false
+}
+
+// withdraw deals with what the kernel refused. A destination, or the
+// masquerading of one to itself, is left out; for anything else the whole plan is
+// set aside, and what was not refused of it is taken back.
 func (x *Proxier) withdraw(ctx context.Context, c compiler, failures []failure) error {
 	var shared []error
 	blamed := map[model.PortKey]error{}
 	for _, f := range failures {
-		if f.op.owner == nil || x.applied.Get(*f.op.owner) == nil {
+		switch {
+		case f.op.owner == nil || x.applied.Get(*f.op.owner) == nil:
 			shared = append(shared, fmt.Errorf("%s: %w", f.op, f.err))
-			continue
-		}
-		if blamed[*f.op.owner] == nil {
+		case f.part():
+		case blamed[*f.op.owner] == nil:
 			blamed[*f.op.owner] = fmt.Errorf("the kernel refuses %s: %w", f.op, f.err)
+		}
+	}
+	for _, f := range failures {
+		if f.part() && blamed[*f.op.owner] == nil {
+			x.leaveOut(f)
 		}
 	}
 	if len(shared) > 0 {
 		return fmt.Errorf("change the kernel's tables: %w", errors.Join(shared...))
-	}
-	if len(blamed) == 0 {
-		return nil
 	}
 	if len(blamed) > 1 && len(blamed) == x.applied.Len() {
 		return fmt.Errorf("everything is refused, no Service is to blame: %w", failures[0].err)
@@ -260,17 +277,41 @@ func (x *Proxier) withdraw(ctx context.Context, c compiler, failures []failure) 
 		p := x.applied.Get(key)
 		r.step(p, nil)
 		wait := retryAside
-		if a, ok := x.aside[key]; ok {
+		if a, ok := x.aside[key]; ok && a.plan == p {
 			wait = min(2*a.wait, retryAsideMost)
 		}
-		x.aside[key] = aside{p, x.now(), wait}
+		x.aside[key] = aside{plan: p, since: x.now(), wait: wait}
 		x.tell(key, err)
+	}
+	for key, a := range x.aside {
+		if a.trying {
+			delete(x.aside, key) // the kernel took it
+		}
+	}
+	if len(blamed) == 0 {
+		return nil
 	}
 	again, err := x.kernel.apply(ctx, r.ops())
 	if err == nil && len(again) > 0 {
 		err = fmt.Errorf("take back what belongs to refused Services: %s: %w", again[0].op, again[0].err)
 	}
 	return err
+}
+
+// part says whether a port can be served without what was refused.
+func (f failure) part() bool {
+	return f.op.owner != nil && (f.op.kind == putDest || f.op.kind == addEntry && f.op.set == setLoopBack)
+}
+
+// leaveOut reports a part of a port that the kernel refuses. The patrol finds it
+// missing, and has it tried again.
+func (x *Proxier) leaveOut(f failure) {
+	key := *f.op.owner
+	x.partial[key] = true
+	x.tell(key, fmt.Errorf("the kernel refuses %s, which is left out: %w", f.op, f.err))
+	if f.op.kind == addEntry {
+		x.ledger.elements[f.op.set]--
+	}
 }
 
 // Prime programs the important Services of a Set, if the kernel has no virtual

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
@@ -21,7 +20,6 @@ import (
 type round struct {
 	x       *Proxier
 	was, is compiler
-	retried map[model.PortKey]time.Duration // set aside before, with the last wait
 
 	servers  map[serverKey]*plan.Plan // who had it before
 	shared   map[shared]int           // how many needed it before
@@ -37,7 +35,7 @@ type compiledKey struct {
 }
 
 func (x *Proxier) newRound(was, is compiler) *round {
-	return &round{x: x, was: was, is: is, retried: map[model.PortKey]time.Duration{},
+	return &round{x: x, was: was, is: is,
 		servers: map[serverKey]*plan.Plan{}, shared: map[shared]int{}, marks: map[shared]uint32{},
 		owners: map[shared]*plan.Plan{}, compiled: map[compiledKey]ruleset{}}
 }
@@ -48,6 +46,7 @@ func (r *round) step(old, new *plan.Plan) {
 	if old != nil && r.x.keep(old) {
 		r.remove(r.compile(old, false), old)
 		r.x.concede(r.is, old, new)
+		delete(r.x.partial, old.PortKey)
 		if new == nil || !r.is.needsInside(new) {
 			r.freed = append(r.freed, old.PortKey)
 		}
@@ -164,11 +163,15 @@ func (r *round) findForeign(ctx context.Context) error {
 		return err
 	}
 	for k := range there {
-		p := r.x.ledger.winner(k)
-		r.remove(r.compile(p, true), p)
-		delete(r.compiled, compiledKey{p, true})
-		r.x.avoid(k, p)
-		r.add(r.compile(p, true), p)
+		claimants := slices.Clone(r.x.ledger.claims[k]) // also those who lose it to the first
+		for _, p := range claimants {
+			r.remove(r.compile(p, true), p)
+			delete(r.compiled, compiledKey{p, true})
+		}
+		r.x.avoid(k, claimants[0])
+		for _, p := range claimants {
+			r.add(r.compile(p, true), p)
+		}
 	}
 	return nil
 }
@@ -262,19 +265,26 @@ func (x *Proxier) replace(o *opList, k serverKey, old, new *server, owner *plan.
 		delete(had, d.at)
 	}
 	for _, at := range slices.SortedFunc(maps.Keys(had), netip.AddrPort.Compare) {
-		x.leave(o, k, at, owner)
+		x.leave(o, new, at, owner)
 	}
 }
 
 // leave removes a destination that is not wanted any more: at once if it has no
 // connections to speak of, else when they have ended.
-func (x *Proxier) leave(o *opList, k serverKey, at netip.AddrPort, owner *plan.Plan) {
-	if owner.Protocol == model.UDP {
-		o.leave(op{kind: delDest, key: k, dest: destination{at: at}})
+func (x *Proxier) leave(o *opList, s *server, at netip.AddrPort, owner *plan.Plan) {
+	if !drained(owner, s) {
+		o.leave(op{kind: delDest, key: s.serverKey, dest: destination{at: at}})
 		return
 	}
-	x.drains.add(k, at, x.now())
-	o.leave(op{kind: putDest, key: k, dest: destination{at: at}})
+	x.drains.add(s.serverKey, at, x.now())
+	o.leave(op{kind: putDest, key: s.serverKey, dest: destination{at: at}})
+}
+
+// drained says whether destinations that leave a virtual server may finish their
+// connections. UDP has none. dh goes on choosing a destination of weight 0, and
+// then refuses the client.
+func drained(p *plan.Plan, s *server) bool {
+	return p.Protocol != model.UDP && s.scheduler != "dh"
 }
 
 // opList collects ops in the order in which they may be done: what comes, from
