@@ -27,6 +27,8 @@ type service struct {
 	addrs     []string // the first is its ClusterIP, the others are externalIPs
 	endpoints string   // "a b c"
 	local     bool     // externalTrafficPolicy Local
+
+	internalLocal bool // internalTrafficPolicy Local
 }
 
 // hosts are pods, of the node and, as for d, of another.
@@ -53,8 +55,12 @@ func scenario(t *testing.T, list []service) *scenarios.Scenario {
 		if s.local {
 			policy = "Local"
 		}
-		fmt.Fprintf(&b, "spec: {clusterIP: %s, clusterIPs: [%s], externalIPs: [%s], externalTrafficPolicy: %s, ports: [{port: 80}]}\n",
-			s.addrs[0], s.addrs[0], strings.Join(s.addrs[1:], ", "), policy)
+		internal := "Cluster"
+		if s.internalLocal {
+			internal = "Local"
+		}
+		fmt.Fprintf(&b, "spec: {clusterIP: %s, clusterIPs: [%s], externalIPs: [%s], externalTrafficPolicy: %s, internalTrafficPolicy: %s, ports: [{port: 80}]}\n",
+			s.addrs[0], s.addrs[0], strings.Join(s.addrs[1:], ", "), policy, internal)
 		fmt.Fprintf(&b, "---\nkind: EndpointSlice\nmetadata: {name: %s-4, namespace: ns, labels: {kubernetes.io/service-name: %s}}\naddressType: IPv4\nports: [{name: \"\", port: 8080}]\nendpoints:\n", s.name, s.name)
 		for _, h := range strings.Fields(s.endpoints) {
 			fmt.Fprintf(&b, "- {addresses: [%s], nodeName: node%c, targetRef: {kind: Pod, name: %s}}\n", hosts[h], hosts[h][len("10.244.")], h)
