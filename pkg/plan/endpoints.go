@@ -10,7 +10,8 @@ import (
 // choice is which endpoints a Service port uses on this node.
 type choice struct {
 	cluster, local, serving []Endpoint
-	any                     bool // some endpoint can be used, here or elsewhere
+	unready                 []netip.AddrPort // see Plan.Unready
+	any                     bool             // some endpoint can be used, here or elsewhere
 	why                     Reason
 }
 
@@ -113,6 +114,13 @@ func chooseFor(svc *model.Service, key model.PortKey, epSlices []*model.Slice, f
 	draining := func(x candidate) bool { return x.at.Serving && x.at.Terminating }
 
 	c.serving = pick(all, facts, func(x candidate) bool { return ready(x) || draining(x) })
+	if facts.Schedulers != nil {
+		for _, x := range all {
+			if !ready(x) && !draining(x) {
+				c.unready = append(c.unready, x.addr)
+			}
+		}
+	}
 	usable, whyUsable := filterTopology(all, facts)
 	cluster := usable
 	if len(cluster) == 0 {

@@ -105,7 +105,7 @@ func makePort(svc *model.Service, port model.ServicePort, addrs addresses, c cho
 	p := &Plan{
 		PortKey:  model.PortKey{Namespace: svc.Namespace, Name: svc.Name, Port: port.Name, Protocol: port.Protocol},
 		Protocol: port.Protocol,
-		Cluster:  c.cluster, Local: c.local, Serving: c.serving,
+		Cluster:  c.cluster, Local: c.local, Serving: c.serving, Unready: c.unready,
 		Affinity:  svc.Affinity,
 		Why:       c.why,
 		Important: important(svc.ServiceName),

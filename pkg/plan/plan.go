@@ -127,6 +127,11 @@ type Plan struct {
 	// whatever policy and topology say. A UDP flow to anywhere else is stale.
 	Serving []Endpoint
 
+	// Unready are the other endpoints that there are: they get no new connections,
+	// but may still have some. Sorted; nil in modes without schedulers, where
+	// nobody asks.
+	Unready []netip.AddrPort
+
 	Affinity time.Duration // sessionAffinity ClientIP's timeout, 0: none
 
 	Balance Balance // how an endpoint is chosen; zero in modes without schedulers
@@ -165,6 +170,7 @@ func (p *Plan) Equal(o *Plan) bool {
 		slices.Equal(p.Cluster, o.Cluster) &&
 		slices.Equal(p.Local, o.Local) &&
 		slices.Equal(p.Serving, o.Serving) &&
+		slices.Equal(p.Unready, o.Unready) &&
 		slices.Equal(p.Problems, o.Problems) &&
 		slices.EqualFunc(p.Lost, o.Lost, func(a, b Clash) bool {
 			return a.Winner == b.Winner && a.Frontend.Equal(b.Frontend)

@@ -4,6 +4,6 @@
 //
 // compile.go turns a plan into virtual servers, addresses and set entries,
 // base.go has the few static rules, termination.go lets connections to removed
-// endpoints end, kernel.go and netlink.go act, and proxier.go decides what must
+// endpoints end, the kernel files act, and proxier.go decides what must
 // be written.
 package ipvs

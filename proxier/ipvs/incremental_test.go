@@ -359,6 +359,37 @@ func TestEndpointsDoNotMoveServers(t *testing.T) {
 	}
 }
 
+// TestMarksRunOut: who gets no mark is served as clients outside are, and told.
+func TestMarksRunOut(t *testing.T) {
+	w := newWorld(rand.New(rand.NewPCG(1, 2)), model.IPv4, 1)
+	add := func(i int) {
+		w.Planner.Update(model.ServiceName{Namespace: "ns", Name: fmt.Sprint("s", i)}, &model.Service{
+			ServiceName: model.ServiceName{Namespace: "ns", Name: fmt.Sprint("s", i)}, ExternalLocal: true,
+			ClusterIPs: []netip.Addr{w.Addr(10, i)}, LoadBalancerIPs: []netip.Addr{w.Addr(172, i)},
+			Ports: []model.ServicePort{{Protocol: model.TCP, Port: 80}}}, nil)
+	}
+	for i := range insideMost + 2 {
+		add(1 + i)
+	}
+	k := newFake()
+	report := newReport()
+	o := options(w)
+	o.Report = report
+	x := newProxier(o, k)
+	insist(t, x, w.Set())
+	if len(report.aside) != 2 || len(k.sets[setInside]) != insideMost {
+		t.Fatalf("told of %d ports, %d have marks", len(report.aside), len(k.sets[setInside]))
+	}
+	if len(k.servers) != 2*(insideMost+2)+insideMost {
+		t.Errorf("%d virtual servers", len(k.servers))
+	}
+	for key, err := range report.aside {
+		if !errors.Is(err, errNoMark) || k.servers[serverKey{addr: w.Set().Get(key).Frontends[1].Addr, port: 80, protocol: model.TCP}] == nil {
+			t.Errorf("%v: %v", key, err)
+		}
+	}
+}
+
 // TestDrift: what somebody else changes is found and put right.
 func TestDrift(t *testing.T) {
 	w := newWorld(rand.New(rand.NewPCG(3, 4)), model.IPv4, 100)

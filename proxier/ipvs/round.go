@@ -78,13 +78,22 @@ func (x *Proxier) heldMark(c compiler, p *plan.Plan) uint32 {
 	return x.ledger.marks[p.PortKey] << insideShift(x.o.MasqueradeBit)
 }
 
+var errNoMark = fmt.Errorf("no packet mark is left (there are %d): this node and its pods get only the endpoints that clients outside get", insideMost)
+
 // mark gives the packet mark that a plan compiles with, 0 if it needs none or
 // none is left.
 func (x *Proxier) mark(c compiler, p *plan.Plan) uint32 {
 	if !c.needsInside(p) {
 		return 0
 	}
-	return x.ledger.markFor(p.PortKey) << insideShift(x.o.MasqueradeBit)
+	m := x.ledger.markFor(p.PortKey)
+	if m == 0 {
+		x.partial[p.PortKey] = true
+		if !x.told[p.PortKey] {
+			x.tell(p.PortKey, errNoMark)
+		}
+	}
+	return m << insideShift(x.o.MasqueradeBit)
 }
 
 func (r *round) remove(rs ruleset, p *plan.Plan) {

@@ -73,8 +73,8 @@ func (d *drains) keys() []serverKey {
 type Draining struct {
 	Server   string // as ipvsadm names it: "TCP 10.96.0.1:80"
 	Endpoint netip.AddrPort
-	// Since is when it was removed, or, if that is later, when it ceased to be
-	// terminating or this process found it.
+	// Since is when it was removed, or, if that is later, when it ceased to exist or
+	// this process found it.
 	Since time.Time
 	// Until is when it is cut off; zero: when its connections end.
 	Until            time.Time
@@ -100,22 +100,24 @@ func (x *Proxier) Draining() []Draining {
 
 // next works out a draining destination's state from how the kernel has it. It
 // goes (due) if it has no connections, or its time is up. As long as its endpoint
-// is terminating it has all the time that the pod is given: its own begins when
-// that is over.
-func (d drain) next(live liveDest, terminating bool, limit time.Duration, now time.Time) (next drain, due bool) {
+// exists, not ready or terminating, it has all the time that the pod has: its own
+// begins when that is over.
+func (d drain) next(live liveDest, exists bool, limit time.Duration, now time.Time) (next drain, due bool) {
 	next = drain{since: d.since, active: int(live.active), inactive: int(live.inactive)}
-	if terminating {
+	if exists {
 		next.since = now
 	}
-	if limit > 0 && !terminating {
+	if limit > 0 && !exists {
 		next.until = next.since.Add(limit)
 	}
 	return next, next.active+next.inactive == 0 || !next.until.IsZero() && !now.Before(next.until)
 }
 
-// terminating says whether an endpoint is still there, if only to end its work.
-func terminating(p *plan.Plan, at netip.AddrPort) bool {
-	return p != nil && slices.ContainsFunc(p.Serving, func(e plan.Endpoint) bool { return e.AddrPort == at })
+// exists says whether an endpoint is still there, if only to end its work, or
+// until it is ready again.
+func exists(p *plan.Plan, at netip.AddrPort) bool {
+	return p != nil && (slices.Contains(p.Unready, at) ||
+		slices.ContainsFunc(p.Serving, func(e plan.Endpoint) bool { return e.AddrPort == at }))
 }
 
 // drain looks after the destinations that are drained, and removes those that
@@ -137,7 +139,7 @@ func (x *Proxier) drain(ctx context.Context) error {
 			if s := live[k]; s != nil {
 				have = s.destinations[at]
 			}
-			next, due := d.next(have, terminating(x.ledger.winner(k), at), limit, now)
+			next, due := d.next(have, exists(x.ledger.winner(k), at), limit, now)
 			x.drains.set(k, at, next)
 			if due {
 				ops = append(ops, op{kind: delDest, key: k, dest: destination{at: at}})

@@ -14,24 +14,24 @@ var epoch = time.Unix(1_000_000, 0)
 
 func TestDrainNext(t *testing.T) {
 	for _, c := range []struct {
-		name        string
-		live        liveDest
-		terminating bool
-		limit       time.Duration
-		after       time.Duration // since it was removed
-		due         bool
-		until       time.Duration // 0: none
+		name   string
+		live   liveDest
+		exists bool
+		limit  time.Duration
+		after  time.Duration // since it was removed
+		due    bool
+		until  time.Duration // 0: none
 	}{
 		{"no connections", liveDest{}, false, time.Minute, 0, true, time.Minute},
 		{"open connections", liveDest{active: 3}, false, time.Minute, 59 * time.Second, false, time.Minute},
 		{"closing connections", liveDest{inactive: 3}, false, time.Minute, 59 * time.Second, false, time.Minute},
 		{"time is up", liveDest{active: 3}, false, time.Minute, time.Minute, true, time.Minute},
 		{"no bound", liveDest{active: 3}, false, 0, 1000 * time.Hour, false, 0},
-		{"still terminating", liveDest{active: 3}, true, time.Minute, time.Hour, false, 0},
-		{"terminating, without connections", liveDest{}, true, time.Minute, time.Second, true, 0},
+		{"still there", liveDest{active: 3}, true, time.Minute, time.Hour, false, 0},
+		{"still there, without connections", liveDest{}, true, time.Minute, time.Second, true, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			next, due := drain{since: epoch}.next(c.live, c.terminating, c.limit, epoch.Add(c.after))
+			next, due := drain{since: epoch}.next(c.live, c.exists, c.limit, epoch.Add(c.after))
 			if due != c.due {
 				t.Errorf("due %v, want %v", due, c.due)
 			}
@@ -42,7 +42,7 @@ func TestDrainNext(t *testing.T) {
 			if !next.until.Equal(want) {
 				t.Errorf("until %v, want %v", next.until, want)
 			}
-			if c.terminating && !next.since.Equal(epoch.Add(c.after)) {
+			if c.exists && !next.since.Equal(epoch.Add(c.after)) {
 				t.Errorf("its time began at %v", next.since)
 			}
 		})
@@ -108,6 +108,11 @@ func TestTermination(t *testing.T) {
 	if server(model.TCP).destinations[at].active != 100 {
 		t.Error("coming back cost its connections")
 	}
+
+	endpoints(ready(a), model.Endpoint{Addr: b}) // it fails its probes for a while
+	insist(t, x, w.Set())
+	clock = clock.Add(time.Hour)
+	expect(true, 0, 1)
 
 	endpoints(ready(a))
 	insist(t, x, w.Set())
