@@ -3,7 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"net"
 	"net/netip"
+	"net/rpc"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,8 +15,12 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/test/netlab"
+	"github.com/sluice-proxy/sluice/test/uml"
 )
 
 func TestParseStat(t *testing.T) {
@@ -165,7 +173,7 @@ func TestRun(t *testing.T) {
 	}
 	profiles := t.TempDir()
 	s, err := parse([]string{"-sluice", agent, "-programs", ours, "-variants", "nft", "-services", "12", "-endpoints", "2",
-		"-changes", "2", "-burst", "6", "-connections", "40", "-profiles", profiles})
+		"-changes", "2", "-burst", "6", "-connections", "40", "-rest", "1s", "-profiles", profiles})
 	if err != nil {
 		t.Skipf("%v: run hack/tools.sh etcd kube-apiserver", err)
 	}
@@ -180,5 +188,171 @@ func TestRun(t *testing.T) {
 		if info, err := os.Stat(filepath.Join(profiles, name)); err != nil || info.Size() == 0 {
 			t.Errorf("no profile %s: %v", name, err)
 		}
+	}
+}
+
+func TestParseStrace(t *testing.T) {
+	const table = `% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 60.00    0.006000          24       250         3 recvmsg
+ 40.00    0.004000          47        85           sendto
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.010000          29       335         3 total
+`
+	calls, most, err := parseStrace(table)
+	if err != nil || calls != 335 || most != "recvmsg 250, sendto 85" {
+		t.Errorf("parseStrace = %d, %q, %v", calls, most, err)
+	}
+	if _, _, err := parseStrace("strace: attach: Operation not permitted\n"); err == nil {
+		t.Error("no error without a total")
+	}
+}
+
+func TestSince(t *testing.T) {
+	before := map[string]ran{"ipset": {2, time.Second}, "iptables": {1, time.Second}}
+	now := map[string]ran{"ipset": {5, 4 * time.Second}, "iptables": {1, time.Second}, "modprobe": {1, 0}}
+	n, what := since(before, now)
+	if want := "ipset 3 (3.0 s), modprobe 1 (0.0 s)"; n != 4 || what != want {
+		t.Errorf("since = %d, %q, want 4, %q", n, what, want)
+	}
+}
+
+// A program is seen with its name and how long it ran, and its threads are not.
+func TestStarts(t *testing.T) {
+	s, err := newStarts()
+	if err != nil {
+		t.Skip("SKIPPED, processes are not counted here: ", err)
+	}
+	defer s.socket.Close()
+	before := s.of(os.Getpid())
+	for range 3 {
+		if err := exec.Command("sleep", "0.01").Run(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = await(t.Context(), 10*time.Second, "three programs are seen", func() error {
+		if n, what := since(before, s.of(os.Getpid())); n != 3 || !strings.HasPrefix(what, "sleep 3 ") {
+			return fmt.Errorf("saw %d: %s", n, what)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestParseTaskstats(t *testing.T) {
+	encode := func(change func(*unix.Taskstats)) []byte {
+		x := unix.Taskstats{Version: 13, Ac_pid: 7, Ac_tgid: 7, Ac_ppid: 3, Ac_etime: 2500}
+		copy(x.Ac_comm[:], []int8{'i', 'p', 's', 'e', 't'})
+		change(&x)
+		return slices.Clone(unsafe.Slice((*byte)(unsafe.Pointer(&x)), unsafe.Sizeof(x)))
+	}
+	data := encode(func(*unix.Taskstats) {})
+	for what, data := range map[string][]byte{"as long as ours": data, "longer": append(slices.Clone(data), 1, 2, 3), "shorter": data[:unsafe.Offsetof(unix.Taskstats{}.Irq_count)]} {
+		parent, program, lasted, ok := parseTaskstats(data)
+		if !ok || parent != 3 || program != "ipset" || lasted != 2500*time.Microsecond {
+			t.Errorf("%s: %d, %q, %v, %v", what, parent, program, lasted, ok)
+		}
+	}
+	for what, change := range map[string]func(*unix.Taskstats){
+		"thread":     func(x *unix.Taskstats) { x.Ac_pid = 8 },
+		"old kernel": func(x *unix.Taskstats) { x.Version = 11 },
+	} {
+		if _, _, _, ok := parseTaskstats(encode(change)); ok {
+			t.Errorf("%s is taken for a process", what)
+		}
+	}
+	if _, _, _, ok := parseTaskstats(nil); ok {
+		t.Error("nothing is taken for a process")
+	}
+}
+
+// What the guest asks to be written reaches the writer outside, and so do errors.
+func TestRemote(t *testing.T) {
+	inside, outside := net.Pipe()
+	fake := &fakeWriter{}
+	server := rpc.NewServer()
+	if err := server.RegisterName("Writer", &Writer{t.Context(), fake}); err != nil {
+		t.Fatal(err)
+	}
+	go server.ServeConn(outside)
+	r := remote{rpc.NewClient(inside)}
+	defer r.client.Close()
+	if err := errors.Join(r.setCanary(t.Context(), 3), r.setEndpoints(t.Context(), 7, 1)); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"canary 3", "service 7 version 1"}; !slices.Equal(fake.calls, want) {
+		t.Errorf("written: %v, want %v", fake.calls, want)
+	}
+	fake.err = errors.New("conflict")
+	if err := r.setCanary(t.Context(), 4); err == nil || !strings.Contains(err.Error(), "conflict") {
+		t.Errorf("error %v", err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	fake.err = nil
+	if err := (remote{rpc.NewClient(stuck{})}).setCanary(ended, 5); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v after the end", err)
+	}
+}
+
+type fakeWriter struct {
+	calls []string
+	err   error
+}
+
+func (w *fakeWriter) setCanary(_ context.Context, version int) error {
+	w.calls = append(w.calls, fmt.Sprint("canary ", version))
+	return w.err
+}
+
+func (w *fakeWriter) setEndpoints(_ context.Context, i, version int) error {
+	w.calls = append(w.calls, fmt.Sprint("service ", i, " version ", version))
+	return w.err
+}
+
+// stuck is a connection on which nothing ever comes.
+type stuck struct{}
+
+func (stuck) Read([]byte) (int, error)    { select {} }
+func (stuck) Write(p []byte) (int, error) { return len(p), nil }
+func (stuck) Close() error                { return nil }
+
+// TestRunIPVS measures a tiny cluster in ipvs mode, in a virtual machine where the
+// kernel has no IPVS.
+func TestRunIPVS(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes two minutes")
+	}
+	if err := netlab.Supported(); err != nil {
+		t.Skip(err)
+	}
+	if err := uml.Supported(); err != nil && !uml.Native() {
+		t.Skip("SKIPPED, the benchmark of ipvs mode: ", err)
+	}
+	agent, self := filepath.Join(t.TempDir(), "sluice"), filepath.Join(t.TempDir(), "bench")
+	for to, from := range map[string]string{agent: "../../cmd/sluice", self: "."} {
+		if out, err := exec.Command("go", "build", "-race=false", "-o", to, from).CombinedOutput(); err != nil {
+			t.Fatalf("build %s: %v\n%s", from, err, out)
+		}
+	}
+	s, err := parse([]string{"-mode", "ipvs", "-sluice", agent, "-programs", ours, "-services", "12", "-endpoints", "2",
+		"-changes", "2", "-burst", "6", "-connections", "40", "-rest", "1s", "-cold-limit", "1m"})
+	if err != nil {
+		t.Skipf("%v: run hack/tools.sh etcd kube-apiserver", err)
+	}
+	s.self = self
+	var out bytes.Buffer
+	if err := run(t.Context(), s, &out); err != nil {
+		t.Fatalf("%v\n%s", err, out.String())
+	}
+	for _, want := range []string{"### ipvs\n", "| processes started per change "} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	if strings.Contains(out.String(), "Not measured") {
+		t.Errorf("not everything was measured:\n%s", out.String())
 	}
 }

@@ -76,14 +76,10 @@ func runInMachine(ctx context.Context, s *settings, dir string, r *report) error
 		}
 	}()
 
-	self, err := os.Executable()
-	if err == nil {
-		err = copyFile(self, filepath.Join(dir, "bench"))
-	}
-	if err != nil {
+	if err := copyFile(s.self, filepath.Join(dir, "bench")); err != nil {
 		return err
 	}
-	args := append([]string{filepath.Join(dir, "bench")}, os.Args[1:]...)
+	args := append([]string{filepath.Join(dir, "bench")}, s.args...)
 	args = append(args, "-sluice", s.paths[ours], "-tools", filepath.Dir(s.paths[peer]),
 		"-services", fmt.Sprint(s.services), "-cold-limit", fmt.Sprint(s.coldLimit),
 		"-changes", fmt.Sprint(s.changes), "-change-limit", fmt.Sprint(s.changeLimit))
@@ -198,19 +194,19 @@ func moveTo(ns *netlab.Namespace, link netlink.Link) error {
 
 // Writer is what the guest calls; net/rpc wants it exported.
 type Writer struct {
-	ctx     context.Context
-	control *control
+	ctx context.Context
+	to  writer
 }
 
 // Endpoints names the Service, and the version of its endpoints to set.
 type Endpoints struct{ Service, Version int }
 
 // Canary sets the canary's endpoint.
-func (w *Writer) Canary(version int, _ *bool) error { return w.control.setCanary(w.ctx, version) }
+func (w *Writer) Canary(version int, _ *bool) error { return w.to.setCanary(w.ctx, version) }
 
 // Endpoints sets those of a numbered Service.
 func (w *Writer) Endpoints(e Endpoints, _ *bool) error {
-	return w.control.setEndpoints(w.ctx, e.Service, e.Version)
+	return w.to.setEndpoints(w.ctx, e.Service, e.Version)
 }
 
 // remote is the writer on the guest's side.

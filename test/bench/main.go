@@ -34,6 +34,9 @@ type settings struct {
 	paths     map[string]string // program -> binary
 	tools     string
 	jsonFile  string
+	strace    bool
+	self      string   // this program, to run in a virtual machine
+	args      []string // of this program
 	profiles  string
 
 	coldLimit   time.Duration
@@ -42,6 +45,7 @@ type settings struct {
 	burst       int
 	burstRate   int
 	connections int
+	rest        time.Duration
 }
 
 const (
@@ -55,6 +59,9 @@ const (
 func main() {
 	s, err := parse(os.Args[1:])
 	if err == nil {
+		s.self, err = os.Executable()
+	}
+	if err == nil {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		err = run(ctx, s, os.Stdout)
 		stop()
@@ -66,7 +73,7 @@ func main() {
 }
 
 func parse(args []string) (*settings, error) {
-	s := &settings{paths: map[string]string{}}
+	s := &settings{paths: map[string]string{}, args: args}
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
 	var variants, programs, agent string
 	f.StringVar(&s.mode, "mode", modeIPTables, "proxy mode to measure: "+modeIPTables+" or "+modeIPVS)
@@ -77,6 +84,7 @@ func parse(args []string) (*settings, error) {
 	f.StringVar(&agent, "sluice", "bin/sluice", "binary of the agent")
 	f.StringVar(&s.tools, "tools", "", "folder of etcd, kube-apiserver and kube-proxy (default $SLUICE_TOOLS, ~/.cache/sluice-tools)")
 	f.StringVar(&s.jsonFile, "json", "", "also write the results to this file")
+	f.BoolVar(&s.strace, "strace", false, "also count system calls, with strace, at the end")
 	f.StringVar(&s.profiles, "profiles", "", "write Go profiles, metrics and logs of the programs to this folder (they cost a little time)")
 	f.DurationVar(&s.coldLimit, "cold-limit", 10*time.Minute, "give up a cold start after this")
 	f.IntVar(&s.changes, "changes", 40, "endpoint changes to time, one after the other")
@@ -84,6 +92,7 @@ func parse(args []string) (*settings, error) {
 	f.IntVar(&s.burst, "burst", 200, "endpoint changes for the CPU figure")
 	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
 	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
+	f.DurationVar(&s.rest, "rest", time.Minute, "how long to watch the program when nothing changes")
 	_ = f.Parse(args) // exits
 	given := map[string]bool{}
 	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
@@ -120,6 +129,9 @@ func parse(args []string) (*settings, error) {
 		if n < 1 {
 			return nil, fmt.Errorf("-%s must be at least 1", name)
 		}
+	}
+	if s.rest < time.Second {
+		return nil, errors.New("-rest must be at least 1s")
 	}
 	return s, s.find(agent)
 }

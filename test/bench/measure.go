@@ -65,6 +65,8 @@ func measure(ctx context.Context, c *cluster, program, variant string) (*result,
 		{"endpoint changes, one by one", t.oneByOne},
 		{"endpoint changes, many", t.many},
 		{"memory", t.memoryAtTheEnd},
+		{"at rest", t.atRest},
+		{"", t.systemCalls},
 	} {
 		if phase.name != "" {
 			progress("%s, %s: %s", program, variant, phase.name)
@@ -318,7 +320,7 @@ func (t *trial) oneByOne(ctx context.Context) error {
 }
 
 // started are the processes that the program has started so far.
-func (t *trial) started() map[string]int {
+func (t *trial) started() map[string]ran {
 	if t.c.starts == nil {
 		return nil
 	}
@@ -394,6 +396,34 @@ func (t *trial) memoryAtTheEnd(ctx context.Context) error {
 	if t.s.profiles != "" {
 		t.profile(ctx, "heap-end.pprof", "/debug/pprof/heap?gc=1")
 		t.profile(ctx, "metrics", "/metrics")
+	}
+	return nil
+}
+
+// atRest sees what the program does when nothing is to be done.
+func (t *trial) atRest(ctx context.Context) error {
+	t.meter.idle(ctx, 0, time.Minute)
+	before, err := t.meter.usage()
+	if err != nil {
+		return err
+	}
+	started := t.started()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.proc.done:
+		return t.proc.ended()
+	case <-time.After(t.s.rest):
+	}
+	after, err := t.meter.usage()
+	if err != nil {
+		return err
+	}
+	perMinute := time.Minute.Seconds() / t.s.rest.Seconds()
+	t.set("rest.cpu", reading{Value: (after.cpu - before.cpu).Seconds() * perMinute})
+	if t.c.starts != nil {
+		n, what := since(started, t.started())
+		t.set("rest.starts", reading{Value: float64(n) * perMinute, Note: what})
 	}
 	return nil
 }

@@ -25,8 +25,14 @@ type starts struct {
 	socket *nl.NetlinkSocket
 
 	mu   sync.Mutex
-	seen map[int]map[string]int // parent, program, how many
+	seen map[int]map[string]ran // parent, program
 	lost bool                   // the kernel had more to tell than the socket holds
+}
+
+// ran is how often a program was started, and how long all of that lasted.
+type ran struct {
+	times  int
+	lasted time.Duration
 }
 
 // newStarts fails where the kernel does not tell, or does not tell this user.
@@ -35,12 +41,13 @@ func newStarts() (*starts, error) {
 	if err != nil {
 		return nil, fmt.Errorf("count processes by taskstats: %w", err)
 	}
-	// In a PID namespace the numbers are not those we know.
+	// In a PID namespace the numbers are not those we know. (Go itself starts a
+	// process before the first program, to see whether it can have a pidfd.)
 	if err := exec.Command("/bin/true").Run(); err != nil {
 		s.socket.Close()
 		return nil, err
 	}
-	for deadline := time.Now().Add(2 * time.Second); len(s.of(os.Getpid())) == 0; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Second); s.of(os.Getpid())["true"].times == 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			s.socket.Close()
 			return nil, errors.New("count processes by taskstats: the kernel does not tell of ours")
@@ -58,7 +65,7 @@ func openStarts() (*starts, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &starts{seen: map[int]map[string]int{}}
+	s := &starts{seen: map[int]map[string]ran{}}
 	if s.socket, err = nl.Subscribe(unix.NETLINK_GENERIC); err != nil {
 		return nil, err
 	}
@@ -113,12 +120,13 @@ func (s *starts) note(m syscall.NetlinkMessage) {
 			if n.Attr.Type&nl.NLA_TYPE_MASK != unix.TASKSTATS_TYPE_STATS {
 				continue
 			}
-			if parent, program, ok := parseTaskstats(n.Value); ok {
+			if parent, program, lasted, ok := parseTaskstats(n.Value); ok {
 				s.mu.Lock()
 				if s.seen[parent] == nil {
-					s.seen[parent] = map[string]int{}
+					s.seen[parent] = map[string]ran{}
 				}
-				s.seen[parent][program]++
+				r := s.seen[parent][program]
+				s.seen[parent][program] = ran{r.times + 1, r.lasted + lasted}
 				s.mu.Unlock()
 			}
 		}
@@ -128,14 +136,14 @@ func (s *starts) note(m syscall.NetlinkMessage) {
 // withTgid is the first version that tells processes from threads (Linux 5.19).
 const withTgid = 12
 
-// parseTaskstats returns the parent and the name of a process; not ok for a
-// thread of one.
-func parseTaskstats(data []byte) (parent int, program string, ok bool) {
+// parseTaskstats returns the parent and the name of a process, and the time from
+// its start to its end; not ok for a thread of one.
+func parseTaskstats(data []byte) (parent int, program string, lasted time.Duration, ok bool) {
 	var t unix.Taskstats
 	// A kernel's may be shorter than ours, or longer: fields are only ever added.
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&t)), unsafe.Sizeof(t)), data)
 	if t.Version < withTgid || t.Ac_pid != t.Ac_tgid {
-		return 0, "", false
+		return 0, "", 0, false
 	}
 	for _, c := range t.Ac_comm {
 		if c == 0 {
@@ -143,23 +151,23 @@ func parseTaskstats(data []byte) (parent int, program string, ok bool) {
 		}
 		program += string(rune(byte(c)))
 	}
-	return int(t.Ac_ppid), program, true
+	return int(t.Ac_ppid), program, time.Duration(t.Ac_etime) * time.Microsecond, true
 }
 
 // of returns which programs a process has started that have ended by now.
-func (s *starts) of(parent int) map[string]int {
+func (s *starts) of(parent int) map[string]ran {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return maps.Clone(s.seen[parent])
 }
 
 // since says what has come since an earlier count.
-func since(before, now map[string]int) (n int, what string) {
+func since(before, now map[string]ran) (n int, what string) {
 	var parts []string
 	for _, program := range slices.Sorted(maps.Keys(now)) {
-		if k := now[program] - before[program]; k > 0 {
+		if k := now[program].times - before[program].times; k > 0 {
 			n += k
-			parts = append(parts, fmt.Sprintf("%s %d", program, k))
+			parts = append(parts, fmt.Sprintf("%s %d (%.1f s)", program, k, (now[program].lasted-before[program].lasted).Seconds()))
 		}
 	}
 	return n, strings.Join(parts, ", ")
