@@ -41,3 +41,12 @@ type Reporter interface {
 	// kind were not as the proxier had left them and have been put right.
 	DriftRepaired(object string, count int)
 }
+
+// Silent is a Reporter that tells nobody.
+type Silent struct{}
+
+// SetAside implements Reporter.
+func (Silent) SetAside(model.PortKey, error) {}
+
+// DriftRepaired implements Reporter.
+func (Silent) DriftRepaired(string, int) {}

@@ -51,7 +51,7 @@ func TestKernelHeldChain(t *testing.T) {
 			}
 			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
-			report := newReport()
+			report := history.NewReports()
 			o.Report = report
 			x := New(o)
 			ctx := context.Background()
@@ -93,8 +93,8 @@ func TestKernelHeldChain(t *testing.T) {
 					w.Step()
 				}
 			}
-			if len(report.drift) > 0 || len(report.aside) > 0 {
-				t.Errorf("reported drift %v, set aside %v", report.drift, report.aside)
+			if len(report.Drift) > 0 || len(report.Aside) > 0 {
+				t.Errorf("reported drift %v, set aside %v", report.Drift, report.Aside)
 			}
 		})
 	}

@@ -22,25 +22,6 @@ func options(w *history.World) Options {
 	return o
 }
 
-// log collects what a proxier reports.
-type reportLog struct {
-	aside map[model.PortKey]error
-	drift map[string]int
-}
-
-func (l *reportLog) SetAside(k model.PortKey, err error) {
-	if err == nil {
-		delete(l.aside, k)
-	} else {
-		l.aside[k] = err
-	}
-}
-func (l *reportLog) DriftRepaired(object string, n int) { l.drift[object] += n }
-
-func newReport() *reportLog {
-	return &reportLog{aside: map[model.PortKey]error{}, drift: map[string]int{}}
-}
-
 // fresh is what a start from nothing writes for a Set.
 func fresh(t *testing.T, w *history.World, set *plan.Set, refuse func(string) bool) string {
 	t.Helper()
@@ -74,7 +55,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 			k := newFake(r)
 			flaky := seed%4 == 0
 			o := options(w)
-			report := newReport()
+			report := history.NewReports()
 			o.Report = report
 			x := newProxier(o, k)
 			for range 8 {
@@ -102,8 +83,8 @@ func TestIncrementalEqualsFull(t *testing.T) {
 					t.Fatalf("a second Sync of the same Set wrote %d times, error %v", k.writes-writes, err)
 				}
 			}
-			if !flaky && len(report.aside) > 0 {
-				t.Fatalf("set aside without a refusal: %v", report.aside)
+			if !flaky && len(report.Aside) > 0 {
+				t.Fatalf("set aside without a refusal: %v", report.Aside)
 			}
 		})
 	}
@@ -136,7 +117,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	k.refuse = func(rule string) bool {
 		return strings.Contains(rule, "-p sctp -m comment") && strings.Contains(rule, "svc-1")
 	}
-	report := newReport()
+	report := history.NewReports()
 	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
@@ -161,7 +142,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 			}
 		}
 		got := map[string]bool{}
-		for key := range report.aside {
+		for key := range report.Aside {
 			got[key.String()+key.Protocol.String()] = true
 		}
 		if d := cmp.Diff(bad, got); d != "" {
@@ -203,7 +184,7 @@ func TestDrift(t *testing.T) {
 	}
 	k := newFake(r)
 	o := options(w)
-	report := newReport()
+	report := history.NewReports()
 	o.Report = report
 	x := newProxier(o, k)
 	set := w.Set()
@@ -230,8 +211,8 @@ func TestDrift(t *testing.T) {
 		if n := len(k.changes) - before; n != 1 {
 			t.Errorf("drift %d: %d writes, want 1", i, n)
 		}
-		if report.drift["chain"] != i+1 || report.drift["jump"] != 4*(i+1) {
-			t.Errorf("drift %d reported as %v", i, report.drift)
+		if report.Drift["chain"] != i+1 || report.Drift["jump"] != 4*(i+1) {
+			t.Errorf("drift %d reported as %v", i, report.Drift)
 		}
 	}
 }

@@ -130,7 +130,7 @@ func kernelHistory(t *testing.T, v xtables.Variant, f model.Family, seed uint64)
 	w := history.New(r, f, []int{3, 40, 120}[seed%3])
 	o := options(w)
 	o.Programs = programs(t, v, f)
-	report := newReport()
+	report := history.NewReports()
 	o.Report = report
 	x := New(o)
 	ctx := context.Background()
@@ -149,8 +149,8 @@ func kernelHistory(t *testing.T, v xtables.Variant, f model.Family, seed uint64)
 			t.Fatalf("step %d: the kernel differs (-full +incremental):\n%s", step, cmp.Diff(want, got))
 		}
 	}
-	if len(report.aside) > 0 || len(report.drift) > 0 {
-		t.Fatalf("set aside %v, drift %v", report.aside, report.drift)
+	if len(report.Aside) > 0 || len(report.Drift) > 0 {
+		t.Fatalf("set aside %v, drift %v", report.Aside, report.Drift)
 	}
 	x.verified = time.Time{}
 	for range 2 { // the first look learns, the second must find nothing
@@ -183,7 +183,7 @@ func TestKernelDrift(t *testing.T) {
 			}
 			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
-			report := newReport()
+			report := history.NewReports()
 			o.Report = report
 			before := inKernel(t, o.Programs)
 			x := New(o)
@@ -207,8 +207,8 @@ func TestKernelDrift(t *testing.T) {
 				if got := inKernel(t, o.Programs); got != want {
 					t.Fatalf("not repaired:\n%s", cmp.Diff(want, got))
 				}
-				if report.drift["chain"] != i+1 || report.drift["jump"] != 4*(i+1) {
-					t.Fatalf("after %d: reported as %v", i+1, report.drift)
+				if report.Drift["chain"] != i+1 || report.Drift["jump"] != 4*(i+1) {
+					t.Fatalf("after %d: reported as %v", i+1, report.Drift)
 				}
 				if looked, _ = x.Check(ctx, false); looked {
 					t.Fatal("its own repair was taken for a change by others")
@@ -254,15 +254,15 @@ func TestKernelRefusal(t *testing.T) {
 			w.Update("svc-7")
 			o := options(w)
 			o.Programs = programs(t, k.variant, k.family)
-			report := newReport()
+			report := history.NewReports()
 			o.Report = report
 			x := New(o)
 			set := w.Set()
 			if err := x.Sync(context.Background(), set); err != nil {
 				t.Fatal(err)
 			}
-			if len(report.aside) != 1 || report.aside[model.PortKey{Namespace: "ns", Name: "svc-7", Port: "p0", Protocol: model.TCP}] == nil {
-				t.Fatalf("set aside: %v", report.aside)
+			if len(report.Aside) != 1 || report.Aside[model.PortKey{Namespace: "ns", Name: "svc-7", Port: "p0", Protocol: model.TCP}] == nil {
+				t.Fatalf("set aside: %v", report.Aside)
 			}
 			delete(w.Services, "svc-7")
 			w.Update("svc-7")
@@ -274,8 +274,8 @@ func TestKernelRefusal(t *testing.T) {
 			w.Services["svc-7"] = &fixed
 			w.Update("svc-7")
 			set = w.Set()
-			if err := x.Sync(context.Background(), set); err != nil || len(report.aside) != 0 {
-				t.Fatalf("after the mend: error %v, set aside %v", err, report.aside)
+			if err := x.Sync(context.Background(), set); err != nil || len(report.Aside) != 0 {
+				t.Fatalf("after the mend: error %v, set aside %v", err, report.Aside)
 			}
 			if got, want := inKernel(t, o.Programs), rendered(set, o); got != want {
 				t.Fatalf("after the mend:\n%s", cmp.Diff(want, got))

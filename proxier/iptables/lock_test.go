@@ -62,7 +62,7 @@ func TestKernelLockedForLong(t *testing.T) {
 	w := history.New(rand.New(rand.NewPCG(1, 1)), model.IPv4, 20)
 	o := options(w)
 	o.Programs = programs(t, xtables.Legacy, model.IPv4)
-	report := newReport()
+	report := history.NewReports()
 	o.Report = report
 	x := New(o)
 	if err := x.Sync(context.Background(), w.Set()); err != nil {
@@ -86,8 +86,8 @@ func TestKernelLockedForLong(t *testing.T) {
 	if !errors.As(err, &failure) || failure.Refused() {
 		t.Fatalf("error %v, want one that blames nobody", err)
 	}
-	if failed != 2 || len(x.aside) > 0 || len(report.aside) > 0 {
-		t.Errorf("%d restores failed, want the change and the full comparison; set aside %v", failed, report.aside)
+	if failed != 2 || len(x.aside) > 0 || len(report.Aside) > 0 {
+		t.Errorf("%d restores failed, want the change and the full comparison; set aside %v", failed, report.Aside)
 	}
 	_ = unix.Flock(int(lock.Fd()), unix.LOCK_UN)
 	set := w.Set()

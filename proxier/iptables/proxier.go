@@ -84,15 +84,10 @@ func New(o Options) *Proxier {
 
 func newProxier(o Options, k kernel) *Proxier {
 	if o.Report == nil {
-		o.Report = silent{}
+		o.Report = proxier.Silent{}
 	}
 	return &Proxier{o: o, kernel: k, now: time.Now, aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, odd: map[tableRef]oddity{}}
 }
-
-type silent struct{}
-
-func (silent) SetAside(model.PortKey, error) {}
-func (silent) DriftRepaired(string, int)     {}
 
 // Forget drops what is believed about the kernel. The next Sync reads it.
 func (x *Proxier) Forget() {

@@ -35,25 +35,6 @@ func options(w *history.World) Options {
 	return o
 }
 
-// reportLog collects what a proxier reports.
-type reportLog struct {
-	aside map[model.PortKey]error
-	drift map[string]int
-}
-
-func newReport() *reportLog {
-	return &reportLog{aside: map[model.PortKey]error{}, drift: map[string]int{}}
-}
-
-func (l *reportLog) SetAside(k model.PortKey, err error) {
-	if err == nil {
-		delete(l.aside, k)
-	} else {
-		l.aside[k] = err
-	}
-}
-func (l *reportLog) DriftRepaired(object string, n int) { l.drift[object] += n }
-
 // fresh is what a start from nothing writes for a Set.
 func fresh(t *testing.T, w *history.World, set *plan.Set, refuse func(op) error) string {
 	t.Helper()
@@ -97,7 +78,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 			k := newFake()
 			flaky := seed%4 == 0
 			o := options(w)
-			report := newReport()
+			report := history.NewReports()
 			o.Report = report
 			x := newProxier(o, k)
 			for range 8 {
@@ -125,8 +106,8 @@ func TestIncrementalEqualsFull(t *testing.T) {
 					t.Fatalf("a check without a change by others verified (%v) or failed: %v", full, err)
 				}
 			}
-			if !flaky && len(report.aside)+len(report.drift) > 0 {
-				t.Fatalf("set aside %v, drift %v without a refusal or a change by others", report.aside, report.drift)
+			if !flaky && len(report.Aside)+len(report.Drift) > 0 {
+				t.Fatalf("set aside %v, drift %v without a refusal or a change by others", report.Aside, report.Drift)
 			}
 		})
 	}
@@ -178,7 +159,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 		}
 		return nil
 	}
-	report := newReport()
+	report := history.NewReports()
 	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
@@ -195,7 +176,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 			}
 		}
 		got := map[string]bool{}
-		for key := range report.aside {
+		for key := range report.Aside {
 			got[key.String()+key.Protocol.String()] = true
 		}
 		if d := cmp.Diff(bad, got); d != "" {
@@ -206,7 +187,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 		}
 	}
 	check()
-	if len(report.aside) == 0 {
+	if len(report.Aside) == 0 {
 		t.Fatal("no Service was refused: the test shows nothing")
 	}
 	for range 30 {
@@ -221,8 +202,8 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	clock = clock.Add(8 * retryAside)
 	w.Step()
 	insist(t, x, w.Set())
-	if len(report.aside) > 0 {
-		t.Errorf("still set aside: %v", report.aside)
+	if len(report.Aside) > 0 {
+		t.Errorf("still set aside: %v", report.Aside)
 	}
 	if d := cmp.Diff(fresh(t, w, w.Set(), nil), k.text(false)); d != "" {
 		t.Fatalf("what was refused is not all in force:\n%s", d)
@@ -251,7 +232,7 @@ func TestARefusedPartIsLeftOut(t *testing.T) {
 			bad[p.Cluster[0].Addr()] = true
 		}
 	}
-	report := newReport()
+	report := history.NewReports()
 	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
@@ -261,8 +242,8 @@ func TestARefusedPartIsLeftOut(t *testing.T) {
 	if len(k.servers) != len(whole.servers) {
 		t.Errorf("%d virtual servers, want %d", len(k.servers), len(whole.servers))
 	}
-	if len(bad) != 3 || len(report.aside) < 3 {
-		t.Fatalf("told of %v for %v", report.aside, bad)
+	if len(bad) != 3 || len(report.Aside) < 3 {
+		t.Fatalf("told of %v for %v", report.Aside, bad)
 	}
 	k.refuse = nil
 	for range patrolChecks + 1 {
@@ -273,8 +254,8 @@ func TestARefusedPartIsLeftOut(t *testing.T) {
 	if d := cmp.Diff(fresh(t, w, set, nil), k.text(false)); d != "" {
 		t.Errorf("not tried again (-want +got):\n%s", d)
 	}
-	if len(report.aside) > 0 {
-		t.Errorf("still told: %v", report.aside)
+	if len(report.Aside) > 0 {
+		t.Errorf("still told: %v", report.Aside)
 	}
 }
 
@@ -372,18 +353,18 @@ func TestMarksRunOut(t *testing.T) {
 		add(1 + i)
 	}
 	k := newFake()
-	report := newReport()
+	report := history.NewReports()
 	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
 	insist(t, x, w.Set())
-	if len(report.aside) != 2 || len(k.sets[setInside]) != insideMost {
-		t.Fatalf("told of %d ports, %d have marks", len(report.aside), len(k.sets[setInside]))
+	if len(report.Aside) != 2 || len(k.sets[setInside]) != insideMost {
+		t.Fatalf("told of %d ports, %d have marks", len(report.Aside), len(k.sets[setInside]))
 	}
 	if len(k.servers) != 2*(insideMost+2)+insideMost {
 		t.Errorf("%d virtual servers", len(k.servers))
 	}
-	for key, err := range report.aside {
+	for key, err := range report.Aside {
 		if !errors.Is(err, errNoMark) || k.servers[serverKey{addr: w.Set().Get(key).Frontends[1].Addr, port: 80, protocol: model.TCP}] == nil {
 			t.Errorf("%v: %v", key, err)
 		}
@@ -425,7 +406,7 @@ func TestDrift(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			k := newFake()
 			o := options(w)
-			report := newReport()
+			report := history.NewReports()
 			o.Report = report
 			x := newProxier(o, k)
 			insist(t, x, w.Set())
@@ -445,8 +426,8 @@ func TestDrift(t *testing.T) {
 			if d := cmp.Diff(want, k.text(true)); d != "" {
 				t.Errorf("not repaired (-want +got):\n%s", d)
 			}
-			if drift != (len(report.drift) > 0) {
-				t.Errorf("drift %v, reported %v", drift, report.drift)
+			if drift != (len(report.Drift) > 0) {
+				t.Errorf("drift %v, reported %v", drift, report.Drift)
 			}
 		})
 	}
@@ -506,7 +487,7 @@ func TestForeign(t *testing.T) {
 	for _, late := range []bool{false, true} {
 		t.Run(fmt.Sprintf("late=%v", late), func(t *testing.T) {
 			k := newFake()
-			report := newReport()
+			report := history.NewReports()
 			o := options(w)
 			o.Report = report
 			x := newProxier(o, k)
@@ -517,8 +498,8 @@ func TestForeign(t *testing.T) {
 			theirs(k)
 			insist(t, x, set)
 			survived(t, k)
-			if len(report.aside) != 1 {
-				t.Fatalf("told of %v, want the one port that wants %s", report.aside, wanted)
+			if len(report.Aside) != 1 {
+				t.Fatalf("told of %v, want the one port that wants %s", report.Aside, wanted)
 			}
 			if _, err := x.Check(context.Background(), true); err != nil {
 				t.Fatal(err)

@@ -97,7 +97,7 @@ func New(o Options) (*Proxier, error) {
 
 func newProxier(o Options, k kernel) *Proxier {
 	if o.Report == nil {
-		o.Report = silent{}
+		o.Report = proxier.Silent{}
 	}
 	if o.Drain == nil {
 		o.Drain = func() time.Duration { return 0 }
@@ -108,11 +108,6 @@ func newProxier(o Options, k kernel) *Proxier {
 	return &Proxier{o: o, kernel: k, now: time.Now, ledger: newLedger(), drains: newDrains(),
 		aside: map[model.PortKey]aside{}, partial: map[model.PortKey]bool{}, told: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
 }
-
-type silent struct{}
-
-func (silent) SetAside(model.PortKey, error) {}
-func (silent) DriftRepaired(string, int)     {}
 
 func (x *Proxier) compiler(facts *plan.Facts) compiler {
 	return compiler{facts: facts, scheduler: x.o.Scheduler, maglev: slices.Contains(x.o.Schedulers, "mh"), inside: x.o.Inside}
