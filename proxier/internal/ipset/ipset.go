@@ -68,6 +68,9 @@ var ErrMismatch = errors.New("the set exists with another type or family")
 // ErrUnsupported says that the kernel has no ipsets at all.
 var ErrUnsupported = errors.New("the kernel has no ipset (module ip_set)")
 
+// ErrNoType says that the kernel has ipsets, and not of this type and revision.
+var ErrNoType = errors.New("the kernel does not have the set type")
+
 // commands, IPSET_CMD_*.
 const (
 	cmdCreate  = 2
@@ -137,6 +140,20 @@ func (c *Conn) Close() error { return c.nl.Close() }
 // Calls is how many system calls were made.
 func (c *Conn) Calls() int { return c.nl.Calls() }
 
+// Loaded says whether the kernel has ipsets now. Unlike any request it does not
+// make the kernel load them.
+func Loaded() (bool, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, fmt.Errorf("look for ipset: %w", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	// What ipset says to this does not matter; nobody else answers.
+	const option = 83 // SO_IP_SET
+	_, err = unix.GetsockoptInt(fd, unix.IPPROTO_IP, option)
+	return !errors.Is(err, unix.ENOPROTOOPT), nil
+}
+
 func begin(e *nlbatch.Encoder, cmd uint16, flags uint16, family uint8) {
 	e.Begin(unix.NFNL_SUBSYS_IPSET<<8|cmd, flags)
 	e.Raw(family, 0, 0, 0)
@@ -164,7 +181,12 @@ func (c *Conn) Create(ctx context.Context, s Spec) error {
 	case errors.Is(err, unix.EEXIST):
 		return c.adopt(ctx, s)
 	case errors.Is(err, errFindType):
-		return fmt.Errorf("create set %s: the kernel does not have the set type %s, revision %d (module ip_set)", s.Name, s.Type, revisions[s.Type])
+		return fmt.Errorf("create set %s: %w: %s, revision %d", s.Name, ErrNoType, s.Type, revisions[s.Type])
+	case errors.Is(err, unix.EINVAL): // of nfnetlink or of the set type
+		if _, why := c.Headers(ctx); errors.Is(why, ErrUnsupported) {
+			err = ErrUnsupported
+		}
+		return fmt.Errorf("create set %s: %w", s.Name, err)
 	case err != nil:
 		return fmt.Errorf("create set %s: %w", s.Name, Explain(err))
 	}

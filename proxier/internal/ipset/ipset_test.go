@@ -276,3 +276,23 @@ func BenchmarkApply(b *testing.B) {
 	}
 	b.ReportMetric(float64(c.Calls()-calls)/float64(max(b.N, 10000)), "syscalls/op")
 }
+
+// TestLoaded: whoever has a connection that works has ipset.
+func TestLoaded(t *testing.T) {
+	inNamespace(t)
+	if got, err := Loaded(); !got || err != nil {
+		t.Errorf("%t, %v", got, err)
+	}
+}
+
+// TestNoType: a type that the kernel does not have is told apart from everything
+// else.
+func TestNoType(t *testing.T) {
+	c := inNamespace(t)
+	if err := c.Create(context.Background(), Spec{Name: "x", Type: "hash:nonesuch"}); !errors.Is(err, ErrNoType) {
+		t.Errorf("error %v", err)
+	}
+	if err := c.Create(context.Background(), Spec{Name: "x", Type: HashIP, HashSize: 1, MaxElem: 1}); err != nil {
+		t.Error(err)
+	}
+}

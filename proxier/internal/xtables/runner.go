@@ -164,7 +164,7 @@ type Chain struct {
 
 // Save streams one table. rule gets each line's chain and the text behind
 // "-A CHAIN "; the strings are valid only during the call. A table that does
-// not exist is empty.
+// not exist is empty. The error is a *SaveError if the program ran.
 func (r *Runner) Save(ctx context.Context, table string, chain func(Chain), rule func(chain, text []byte)) error {
 	cmd := command(ctx, r.Programs.Save, "-t", table)
 	var errout bytes.Buffer
@@ -193,7 +193,7 @@ func (r *Runner) Save(ctx context.Context, table string, chain func(Chain), rule
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return fmt.Errorf("read table %s: %w: %s", table, err, strings.TrimSpace(errout.String()))
+		return &SaveError{Table: table, Output: errout.String(), Err: err}
 	}
 	return nil
 }

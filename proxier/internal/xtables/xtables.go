@@ -158,9 +158,9 @@ func census(ctx context.Context, p Programs) tally {
 // LegacyInUse says whether any legacy table of a family exists. Reading one would
 // create it.
 func LegacyInUse(family model.Family) bool {
-	file := "/proc/net/ip_tables_names"
+	file := "/proc/thread-self/net/ip_tables_names" // /proc/net is of the process's first thread
 	if family == model.IPv6 {
-		file = "/proc/net/ip6_tables_names"
+		file = "/proc/thread-self/net/ip6_tables_names"
 	}
 	data, err := os.ReadFile(file)
 	return err == nil && len(data) > 0
