@@ -24,29 +24,49 @@ type dataplane struct {
 	mode   mode
 	a      *agent
 
-	alone bool // what other modes left has been removed
+	others others
 
 	mu       sync.Mutex
 	refusals map[model.PortKey]error
 }
 
+// others is how far the removal of what other modes left has come. Only Sync
+// looks at it.
+type others struct {
+	gone bool
+	told bool      // that it failed
+	next time.Time // of the next try
+}
+
+// othersPause is between tries to remove what others left.
+const othersPause = time.Minute
+
 // Sync implements reconcile.Dataplane. When our rules are in force for the first
 // time, and not before, it removes what other modes have left: until then that
 // serves.
 func (p *dataplane) Sync(ctx context.Context, want *plan.Set) error {
-	if err := p.engine.Sync(ctx, want); err != nil || p.alone {
+	if err := p.engine.Sync(ctx, want); err != nil {
 		return err
 	}
-	p.alone = true
+	if !p.others.gone && !time.Now().Before(p.others.next) {
+		p.removeOthers(ctx)
+	}
+	return nil
+}
+
+// removeOthers fails without consequences but that it is tried again.
+func (p *dataplane) removeOthers(ctx context.Context) {
 	removed, err := p.mode.removeOthers(ctx, p.family)
 	if removed != "" {
 		p.a.log.Info("Removed what another mode had left", "ipFamily", p.family, "removed", removed)
 	}
-	if err != nil {
-		p.a.log.Warn("What another mode had left may still be there and serve by an old state; sluice --cleanup, while Sluice does not run, removes it",
+	p.others.gone, p.others.next = err == nil, time.Now().Add(othersPause)
+	if err != nil && !p.others.told && ctx.Err() == nil {
+		p.others.told = true
+		p.a.log.Warn("What another mode had left may still be there and serve by an old state; it is tried again now and then. "+
+			"sluice --cleanup, while Sluice does not run, removes it, too",
 			"ipFamily", p.family, "err", err)
 	}
-	return nil
 }
 
 // dataplanes makes the proxiers of the families that this machine can do.
@@ -58,6 +78,9 @@ func (a *agent) dataplanes(ctx context.Context, cfg *config.Config, m mode) ([]*
 		d := a.detectorFor(cfg, f)
 		var err error
 		if p.engine, err = m.open(ctx, p, d); err != nil {
+			if missing := (*unavailable)(nil); !errors.As(err, &missing) {
+				return nil, err
+			}
 			errs = append(errs, err)
 			a.log.Warn("This IP family is left alone: it cannot be served here", "ipFamily", f, "mode", cfg.Mode, "err", err)
 			continue

@@ -20,8 +20,9 @@ type mode interface {
 	// prepare sets what all families share in the kernel, and says what people
 	// should know of the mode. It is called once, before open.
 	prepare()
-	// open makes the proxier of a family, or says why the family cannot be served.
-	// It is asked once for each family.
+	// open makes the proxier of a family. An *unavailable error says why the family
+	// cannot be served, and is left alone; any other ends the agent, since the next
+	// start may succeed. It is asked once for each family.
 	open(ctx context.Context, p *dataplane, d proxier.Detector) (engine, error)
 	// adjust completes node facts; own are the node's addresses of the family.
 	adjust(facts *plan.Facts, own []netip.Addr)
@@ -43,9 +44,11 @@ type engine interface {
 }
 
 // unavailable says that a mode cannot run here, though the configuration is right.
+// It is for answers that will be the same the next time: what follows from it, a
+// fallback, removes what the mode has in the kernel.
 type unavailable struct {
 	mode   config.Mode
-	reason string // a metric's label
+	reason string // a metric's label; "" for one family
 	err    error  // what is missing, and what can be done
 }
 

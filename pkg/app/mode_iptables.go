@@ -39,7 +39,7 @@ func (e iptablesEngine) render(set *plan.Set, name model.ServiceName) string {
 func (m *iptablesMode) open(ctx context.Context, p *dataplane, d proxier.Detector) (engine, error) {
 	host, err := iptables.Probe(ctx, p.family, m.cfg.IPTablesVariant)
 	if err != nil {
-		return nil, err
+		return nil, &unavailable{mode: config.ModeIPTables, err: err}
 	}
 	m.a.log.Info("Using iptables", "ipFamily", p.family, "variant", host.Programs.Variant, "why", host.Why)
 	m.ensureCounters()

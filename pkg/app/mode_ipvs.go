@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -27,7 +28,7 @@ type ipvsMode struct {
 	a         *agent
 	cfg       *config.Config
 	hosts     map[model.Family]ipvs.Host
-	lacking   map[model.Family]error // why a family has no host
+	lacking   map[model.Family]*ipvs.Unavailable // why a family has no host
 	scheduler string
 }
 
@@ -62,20 +63,25 @@ type ipvsProxier interface {
 
 // newIPVSMode finds out what the kernel offers. A kernel without IPVS is an
 // unavailable error; a scheduler that it does not have is a wrong configuration.
+// Where a family had no answer there is another error: virtual servers that work
+// must not be given up for a lock that was held too long.
 func newIPVSMode(ctx context.Context, a *agent, cfg *config.Config) (*ipvsMode, error) {
-	m := &ipvsMode{a: a, cfg: cfg, hosts: map[model.Family]ipvs.Host{}, lacking: map[model.Family]error{}, scheduler: cfg.IPVS.Scheduler}
+	m := &ipvsMode{a: a, cfg: cfg, hosts: map[model.Family]ipvs.Host{}, lacking: map[model.Family]*ipvs.Unavailable{}, scheduler: cfg.IPVS.Scheduler}
 	if m.scheduler == "" {
 		m.scheduler = defaultScheduler
 	}
 	var first error
 	for _, f := range a.families() {
 		host, err := a.ipvs.probe(ctx, f, cfg.IPTablesVariant)
-		if err != nil {
-			m.lacking[f] = err
+		if missing := (*ipvs.Unavailable)(nil); errors.As(err, &missing) {
+			m.lacking[f] = missing
 			if first == nil {
 				first = err
 			}
 			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("find out whether mode ipvs can serve %s (nothing is changed): %w", f, err)
 		}
 		if err := a.ipvs.checkScheduler(m.scheduler, host.Schedulers); err != nil {
 			return nil, fmt.Errorf("ipvs.scheduler: %w", err)
@@ -100,7 +106,7 @@ func (e ipvsEngine) render(set *plan.Set, name model.ServiceName) string {
 func (m *ipvsMode) open(_ context.Context, p *dataplane, d proxier.Detector) (engine, error) {
 	host, ok := m.hosts[p.family]
 	if !ok {
-		return nil, m.lacking[p.family]
+		return nil, &unavailable{mode: config.ModeIPVS, err: m.lacking[p.family]}
 	}
 	m.a.log.Info("Using IPVS", "ipFamily", p.family, "version", host.Version, "scheduler", m.scheduler,
 		"schedulers", strings.Join(host.Schedulers, ","), "iptables", host.Programs.Variant, "why", host.Why)
@@ -148,7 +154,7 @@ func (m *ipvsMode) adjust(facts *plan.Facts, own []netip.Addr) {
 
 // objects are the words that package ipvs reports repairs by.
 func (m *ipvsMode) objects() []string {
-	return []string{"virtual server", "destination", "ipset entry", "address", "chain", "jump"}
+	return []string{"virtual server", "destination", "ipset", "ipset entry", "device", "address", "chain", "jump"}
 }
 
 func (m *ipvsMode) removeOthers(ctx context.Context, f model.Family) (string, error) {

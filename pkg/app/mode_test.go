@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -96,7 +98,9 @@ func agentFor(t *testing.T, f *fakeIPVS, args ...string) (*agent, *config.Config
 }
 
 func TestChooseMode(t *testing.T) {
-	none := map[model.Family]error{model.IPv4: errors.New("the kernel has no IPVS"), model.IPv6: errors.New("the kernel has no IPVS")}
+	no := fmt.Errorf("probe: %w", &ipvs.Unavailable{Err: errors.New("the kernel has no IPVS")})
+	none := map[model.Family]error{model.IPv4: no, model.IPv6: no}
+	busy := errors.New("the xtables lock is held")
 	for _, tc := range []struct {
 		name   string
 		args   []string
@@ -116,6 +120,9 @@ func TestChooseMode(t *testing.T) {
 		{"no IPVS, and nothing else will do", []string{"--proxy-mode=ipvs", "--mode-fallback=false"}, fakeIPVS{errs: none}, "",
 			[]string{"mode ipvs cannot run here", "the kernel has no IPVS", "modeFallback is off"}, ""},
 		{"no IPVS for IPv6", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: map[model.Family]error{model.IPv6: none[model.IPv6]}}, config.ModeIPVS, nil, ""},
+		{"no answer", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: map[model.Family]error{model.IPv4: busy, model.IPv6: busy}}, "",
+			[]string{"find out whether mode ipvs can serve IPv4", "lock is held"}, ""},
+		{"no answer for IPv4", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: map[model.Family]error{model.IPv4: busy}}, "", []string{"lock is held"}, ""},
 		{"nftables", []string{"--proxy-mode=nftables"}, fakeIPVS{}, config.ModeIPTables,
 			[]string{"level=WARN", "nftables", "has the modes iptables and ipvs"}, "not in this version"},
 		{"nftables, and nothing else will do", []string{"--proxy-mode=nftables", "--mode-fallback=false"}, fakeIPVS{}, "",
@@ -128,6 +135,9 @@ func TestChooseMode(t *testing.T) {
 			if tc.want == "" {
 				if err == nil {
 					t.Fatalf("it starts in mode %s", got.Mode)
+				}
+				if a.mode != nil || log.Len() > 0 {
+					t.Errorf("it goes on with %T: %s", a.mode, log)
 				}
 				text = err.Error()
 			} else if err != nil || got.Mode != tc.want || a.cfg.Load() != got {
@@ -152,6 +162,44 @@ func TestChooseMode(t *testing.T) {
 	}
 }
 
+// A family is left alone only where the kernel said that it cannot be served.
+func TestNoAnswerForOneFamily(t *testing.T) {
+	missing := &ipvs.Unavailable{Err: errors.New("the kernel has no IPVS")}
+	busy := errors.New("no memory")
+	for _, tc := range []struct {
+		name string
+		errs map[model.Family]error
+	}{
+		{"IPv6 has no answer", map[model.Family]error{model.IPv6: busy}},
+		{"IPv4 has none, IPv6 is missing", map[model.Family]error{model.IPv4: busy, model.IPv6: missing}},
+		{"IPv4 is missing, IPv6 has none", map[model.Family]error{model.IPv4: missing, model.IPv6: busy}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a, cfg, log := agentFor(t, &fakeIPVS{errs: tc.errs}, "--proxy-mode=ipvs")
+			if len(a.families()) < 2 {
+				t.Skip("SKIPPED: this machine has no IPv6")
+			}
+			if _, err := a.enterMode(t.Context(), cfg); !errors.Is(err, busy) || a.fellBack != nil || log.Len() > 0 {
+				t.Errorf("error %v, log %s", err, log)
+			}
+		})
+	}
+}
+
+// A proxier that cannot be opened ends the agent, unless the mode says that the
+// family cannot be served.
+func TestOpenFails(t *testing.T) {
+	a, cfg, log := agentFor(t, &fakeIPVS{}, "--proxy-mode=ipvs")
+	a.ipvs.open = func(ipvs.Options) (ipvsProxier, error) { return nil, errors.New("no sockets left") }
+	cfg, err := a.enterMode(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if planes, err := a.dataplanes(t.Context(), cfg, a.mode); err == nil || !strings.Contains(err.Error(), "no sockets left") || strings.Contains(log.String(), "left alone") {
+		t.Errorf("planes %v, error %v, log %s", planes, err, log)
+	}
+}
+
 // An agent that is stopped while it looks for IPVS does not go on without it.
 func TestNoFallbackAtTheEnd(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
@@ -163,7 +211,7 @@ func TestNoFallbackAtTheEnd(t *testing.T) {
 }
 
 func TestIPVSPlanes(t *testing.T) {
-	host := &fakeIPVS{errs: map[model.Family]error{model.IPv6: errors.New("no ip6tables")}}
+	host := &fakeIPVS{errs: map[model.Family]error{model.IPv6: &ipvs.Unavailable{Err: errors.New("no ip6tables")}}}
 	a, cfg, log := agentFor(t, host, "--proxy-mode=ipvs", "--ipvs-udp-timeout=30s", "--ipvs-exclude-cidrs=192.0.2.0/24", "--ipvs-scheduler=lc", "--cluster-cidr=10.244.0.0/16")
 	cfg, err := a.enterMode(t.Context(), cfg)
 	if err != nil {
@@ -197,37 +245,45 @@ func TestIPVSPlanes(t *testing.T) {
 	}
 }
 
-// What other modes left serves until the first Sync that succeeds, and is removed
-// once.
+// What other modes left serves until the first Sync that succeeds. A removal that
+// fails is tried again, not more often than once a minute, until it succeeds.
 func TestOthersAreRemovedAfterTheFirstSync(t *testing.T) {
-	a, _, log := agentFor(t, &fakeIPVS{})
-	m := &countingMode{}
-	x := &fakeProxier{failures: 2}
-	p := &dataplane{engine: ipvsEngine{ipvsProxier: x}, family: model.IPv4, mode: m, a: a}
-	for i, want := range []int{0, 0, 1, 1} {
-		if err := p.Sync(t.Context(), nil); (err != nil) != (i < 2) {
-			t.Errorf("Sync %d: %v", i, err)
+	synctest.Test(t, func(t *testing.T) {
+		a, _, log := agentFor(t, &fakeIPVS{})
+		m := &countingMode{failures: 2}
+		x := &fakeProxier{failures: 2}
+		p := &dataplane{engine: ipvsEngine{ipvsProxier: x}, family: model.IPv4, mode: m, a: a}
+		for i, step := range []struct {
+			after time.Duration
+			want  int
+		}{{0, 0}, {time.Hour, 0}, {0, 1}, {0, 1}, {59 * time.Second, 1}, {time.Second, 2}, {59 * time.Second, 2}, {time.Minute, 3}, {time.Hour, 3}} {
+			time.Sleep(step.after)
+			if err := p.Sync(t.Context(), nil); (err != nil) != (i < 2) {
+				t.Errorf("Sync %d: %v", i, err)
+			}
+			if m.removed != step.want {
+				t.Errorf("after Sync %d: removed %d times, want %d", i, m.removed, step.want)
+			}
 		}
-		if m.removed != want {
-			t.Errorf("after Sync %d: removed %d times, want %d", i, m.removed, want)
+		if got := strings.Count(log.String(), "the old chains"); got != 1 {
+			t.Errorf("said %d times: %s", got, log)
 		}
-	}
-	if got := strings.Count(log.String(), "the old chains"); got != 1 {
-		t.Errorf("said %d times: %s", got, log)
-	}
-	if got := strings.Count(log.String(), "one is held"); got != 1 {
-		t.Errorf("the error was said %d times: %s", got, log)
-	}
+		if got := strings.Count(log.String(), "one is held"); got != 1 {
+			t.Errorf("the error was said %d times: %s", got, log)
+		}
+	})
 }
 
 type countingMode struct {
 	mode
-	removed int
+	removed, failures int
 }
 
 func (m *countingMode) removeOthers(context.Context, model.Family) (string, error) {
-	m.removed++
-	return "the old chains", errors.New("one is held")
+	if m.removed++; m.removed <= m.failures {
+		return "", errors.New("one is held")
+	}
+	return "the old chains", nil
 }
 
 func TestFactsOfIPVS(t *testing.T) {

@@ -17,8 +17,8 @@ import (
 // others exist by the same name in iptables mode, too.
 var ownChains = map[string][]string{
 	tableNAT:    {chainLoadBalancer, chainNodePort, chainInside},
-	tableFilter: {chainNodePort, chainSourceRanges, chainIPVSFilter, chainIPVSOut},
-	tableMangle: {chainSourceRanges, chainIPVSOut, chainInside},
+	tableFilter: {chainNodePort, chainSourceRanges, chainIPVSFilter, chainIPVSOut, chainProbe},
+	tableMangle: {chainSourceRanges, chainIPVSOut, chainInside, chainProbe},
 }
 
 var sharedChains = map[string][]string{
@@ -55,8 +55,9 @@ func (x *Proxier) Cleanup(ctx context.Context) error {
 }
 
 // CleanupHost removes what Cleanup removes, with the rules of every variant of
-// iptables that is installed and in use. exclude is Options.Exclude. It needs no
-// IPVS in the kernel.
+// iptables that is installed and in use, and what a Probe left that was killed.
+// exclude is Options.Exclude. It needs no IPVS and no ipset in the kernel, and
+// loads neither.
 func CleanupHost(ctx context.Context, family model.Family, exclude []netip.Prefix) error {
 	_, err := removeHost(ctx, family, exclude, all)
 	return err

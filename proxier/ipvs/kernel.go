@@ -29,7 +29,10 @@ type nlKernel struct {
 	route  *nlbatch.Conn
 	genl   *nlbatch.Conn
 
-	everywhere bool // static rules are removed in every variant of iptables
+	// everywhere is for cleaning up a host: static rules are removed in every
+	// variant of iptables, and nothing is asked that would load a module.
+	everywhere bool
+	routesLate bool // see awaitRoute
 
 	mu    sync.Mutex
 	id    uint16 // IPVS's generic netlink family; 0: not looked up yet
@@ -99,7 +102,7 @@ func (k *nlKernel) prepare(ctx context.Context, want static) (repairs, error) {
 // prepareRules reads the tables, and writes one transaction a table if anything
 // differs.
 func (k *nlKernel) prepareRules(ctx context.Context, want static, fixed *repairs) error {
-	have, err := k.readRules(ctx)
+	have, err := k.readRules(ctx, tables...)
 	if err != nil {
 		return err
 	}
@@ -111,7 +114,10 @@ func (k *nlKernel) prepareRules(ctx context.Context, want static, fixed *repairs
 	if err := k.run.Restore(ctx, func(w *bufio.Writer) { ch.write(w) }); err != nil {
 		return fmt.Errorf("write static rules: %w", err)
 	}
-	k.rules.wrote(ch)
+	if have, err = k.readRules(ctx, ch.tables()...); err != nil {
+		return err
+	}
+	k.rules.learn(ch, have)
 	return nil
 }
 
@@ -141,8 +147,8 @@ func (k *nlKernel) spec(id setID) ipset.Spec {
 // chainRef names a chain.
 type chainRef struct{ table, name string }
 
-// readRules lists the tables: each chain with its rules.
-func (k *nlKernel) readRules(ctx context.Context) (map[chainRef][]string, error) {
+// readRules lists tables: each chain with its rules.
+func (k *nlKernel) readRules(ctx context.Context, tables ...string) (map[chainRef][]string, error) {
 	have := map[chainRef][]string{}
 	for _, table := range tables {
 		err := k.run.Save(ctx, table, func(c xtables.Chain) {
@@ -163,7 +169,6 @@ func (k *nlKernel) readRules(ctx context.Context) (map[chainRef][]string, error)
 // we wrote.
 type ruleMemory struct {
 	printed map[string]string // what we want: what is printed for it
-	written map[string]bool   // written, and not yet seen printed
 }
 
 // rulesChange is what a restore does.
@@ -175,6 +180,18 @@ type rulesChange struct {
 
 func (c *rulesChange) nothing() bool {
 	return len(c.put)+len(c.jumps)+len(c.empty) == 0
+}
+
+// tables are those that a restore writes.
+func (c *rulesChange) tables() []string {
+	var touched []string
+	for _, table := range tables {
+		if slices.ContainsFunc(c.put, func(r rules) bool { return r.table == table }) ||
+			slices.ContainsFunc(c.jumps, func(j jump) bool { return j.table == table }) {
+			touched = append(touched, table)
+		}
+	}
+	return touched
 }
 
 func (r rules) ref() chainRef { return chainRef{r.table, r.chain} }
@@ -209,59 +226,39 @@ func (m *ruleMemory) compare(have map[chainRef][]string, want static) *rulesChan
 	return ch
 }
 
-// same tells whether a chain's content is what is wanted. What is printed in
-// another form for a chain that was just written is learnt.
+// same tells whether a chain's content is what is wanted.
 func (m *ruleMemory) same(want rules, got []string) bool {
 	if slices.Equal(want.content, got) {
 		return true
 	}
-	key, printed := want.text(), strings.Join(got, "\n")
-	if m.written[key] && len(got) == len(want.content) {
-		delete(m.written, key)
-		m.learn(key, printed)
-	}
-	p, ok := m.printed[key]
-	return ok && p == printed
+	p, ok := m.printed[want.text()]
+	return ok && p == strings.Join(got, "\n")
 }
 
 func (m *ruleMemory) jumps(want jump, got []string) bool {
 	if slices.Contains(got, want.text) {
 		return true
 	}
-	key := want.key()
-	if m.written[key] {
-		to := xtables.JumpTarget(want.text)
-		for _, text := range got {
-			if xtables.JumpTarget(text) == to {
-				delete(m.written, key)
-				m.learn(key, text)
-				break
-			}
-		}
-	}
-	p, ok := m.printed[key]
+	p, ok := m.printed[want.key()]
 	return ok && slices.Contains(got, p)
 }
 
-func (m *ruleMemory) learn(want, printed string) {
+// learn notes in what other form that is printed which was just written. have must
+// be read right after that: whatever comes later may be somebody's change.
+func (m *ruleMemory) learn(ch *rulesChange, have map[chainRef][]string) {
 	if m.printed == nil {
 		m.printed = map[string]string{}
 	}
-	m.printed[want] = printed
-}
-
-func (m *ruleMemory) wrote(ch *rulesChange) {
-	if m.written == nil {
-		m.written = map[string]bool{}
-	}
 	for _, r := range ch.put {
-		if _, known := m.printed[r.text()]; !known {
-			m.written[r.text()] = true
+		if got := have[r.ref()]; !m.same(r, got) && len(got) == len(r.content) {
+			m.printed[r.text()] = strings.Join(got, "\n")
 		}
 	}
 	for _, j := range ch.jumps {
-		if _, known := m.printed[j.key()]; !known {
-			m.written[j.key()] = true
+		got, to := have[chainRef{j.table, j.from}], xtables.JumpTarget(j.text)
+		i := slices.IndexFunc(got, func(text string) bool { return xtables.JumpTarget(text) == to })
+		if i >= 0 && !m.jumps(j, got) {
+			m.printed[j.key()] = got[i]
 		}
 	}
 }
@@ -314,20 +311,6 @@ func (k *nlKernel) unrule(ctx context.Context, what xtables.Scope) (bool, error)
 	return k.run.Remove(ctx, what)
 }
 
-func (k *nlKernel) clear(ctx context.Context) error {
-	names := []string{nameFor(setLoadBalancerSourceIP, k.family)}
-	for id := range setCount {
-		names = append(names, id.name(k.family))
-	}
-	var errs []error
-	for _, name := range names {
-		if err := k.sets.Destroy(ctx, name); !errors.Is(err, ipset.ErrUnsupported) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(append(errs, k.removeDevice(ctx))...)
-}
-
 func (k *nlKernel) token(ctx context.Context) (token, error) {
 	var t token
 	t.tables, _ = k.run.Token(tables...)
@@ -355,15 +338,25 @@ func (k *nlKernel) read(ctx context.Context) (*actual, error) {
 	if err := k.readSets(ctx, a); err != nil {
 		return nil, err
 	}
-	if a.addrs, err = k.addresses(ctx); err != nil || a.addrs != nil || k.everywhere {
+	if a.addrs, err = k.addresses(ctx); err != nil || k.everywhere {
 		return a, err
 	}
-	rules, err := k.readRules(ctx)
-	a.othersServe = len(rules[chainRef{tableNAT, chainServices}]) > 0
+	rules, err := k.readRules(ctx, tableNAT)
+	a.othersServe = othersServe(rules[chainRef{tableNAT, chainServices}])
 	return a, err
 }
 
+// othersServe decides by the rules of KUBE-SERVICES whether they are of iptables
+// mode: ours and those of kube-proxy's ipvs mode look into sets. Whether there is
+// a kube-ipvs0 tells nothing: whoever was to take over may have been killed.
+func othersServe(rules []string) bool {
+	return len(rules) > 0 && !slices.ContainsFunc(rules, func(text string) bool { return strings.Contains(text, "--match-set ") })
+}
+
 func (k *nlKernel) readSets(ctx context.Context, a *actual) error {
+	if has, err := k.hasSets(); err != nil || !has {
+		return err
+	}
 	headers, err := k.sets.Headers(ctx)
 	if err != nil && !errors.Is(err, ipset.ErrUnsupported) { // cleaning up must work anywhere
 		return err

@@ -259,6 +259,9 @@ func explain(o *op, err error) error {
 // alike there in both families.
 func (k *nlKernel) readServers(ctx context.Context) (map[serverKey]*liveServer, error) {
 	servers := map[serverKey]*liveServer{}
+	if has, err := k.hasIPVS(); err != nil || !has {
+		return servers, err
+	}
 	id, err := k.ipvsFamily(ctx)
 	if errors.Is(err, unix.ENOENT) {
 		return servers, nil // a kernel without IPVS has none; cleaning up must work there
@@ -280,7 +283,7 @@ func (k *nlKernel) readServers(ctx context.Context) (map[serverKey]*liveServer, 
 	if len(servers) == 0 {
 		return servers, nil
 	}
-	data, err := os.ReadFile("/proc/thread-self/net/ip_vs") // /proc/net is of the process's first thread
+	data, err := os.ReadFile(ipvsTable)
 	if err != nil {
 		return nil, fmt.Errorf("list destinations: %w", err)
 	}

@@ -232,6 +232,34 @@ func TestGuestKernelReadsWhatItWrites(t *testing.T) {
 	})
 }
 
+// TestGuestKernelRoutesAreThere: when the ops are done the kernel takes packets to
+// the addresses.
+func TestGuestKernelRoutesAreThere(t *testing.T) {
+	k := guestKernel(t, model.IPv6)
+	ctx := context.Background()
+	prepared(t, k, repairs{chains: 4, jumps: 4, sets: int(setCount), devices: 1})
+	if local, err := k.isLocal(ctx, nth(k.family, 96, 1)); local || err != nil {
+		t.Fatalf("%t, %v", local, err)
+	}
+	for range 2 { // the second time they exist
+		var ops []op
+		for i := range 300 {
+			ops = append(ops, op{kind: addAddr, addr: nth(k.family, 96, i+1)})
+		}
+		start := time.Now()
+		must(t, k, ops...)
+		t.Logf("%d addresses: %v", len(ops), time.Since(start))
+		for _, o := range ops {
+			if local, err := k.isLocal(ctx, o.addr); !local || err != nil {
+				t.Fatalf("%s: %t, %v", o.addr, local, err)
+			}
+		}
+	}
+	if k.routesLate {
+		t.Error("the routes were late")
+	}
+}
+
 func removeAll(t *testing.T, k *nlKernel, servers []server) {
 	t.Helper()
 	for range 2 {
@@ -428,6 +456,39 @@ func TestGuestKernelDrift(t *testing.T) {
 		if err != nil || !a.sets[setInside][entry{addr: nth(f, 96, 1), protocol: model.TCP, port: 80, mark: 0x2801}] {
 			t.Errorf("%v, %v", a.sets[setInside], err)
 		}
+	})
+}
+
+// TestGuestKernelTakeover: iptables mode serves until our rules are in its place,
+// also if we were killed before and there is a kube-ipvs0.
+func TestGuestKernelTakeover(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f model.Family) {
+		ctx := context.Background()
+		k := guestKernel(t, f)
+		want := func(serve bool) {
+			t.Helper()
+			if a, err := k.read(ctx); err != nil || a.othersServe != serve {
+				t.Fatalf("others serve: %t, %v; want %t", a.othersServe, err, serve)
+			}
+		}
+		iptables := func(args ...string) { run(t, append(slices.Clone(k.run.Command), args...)...) }
+		want(false)
+		iptables("-t", "nat", "-N", chainServices)
+		want(false)
+		iptables("-t", "nat", "-A", chainServices, "-d", nth(f, 96, 1).String(), "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
+		want(true)
+		if _, err := k.prepare(ctx, static{family: f}); err != nil {
+			t.Fatal(err)
+		}
+		must(t, k, opsFor(sampleServers(f))...)
+		want(true)
+		k.everywhere = true
+		want(false) // it does not look
+		k.everywhere = false
+		if _, err := k.prepare(ctx, sampleStatic(f)); err != nil {
+			t.Fatal(err)
+		}
+		want(false)
 	})
 }
 

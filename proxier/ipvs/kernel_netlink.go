@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -48,11 +49,7 @@ func linkIndex(ctx context.Context, c *nlbatch.Conn, name string) (uint32, error
 // makeDevice creates a dummy device; it stays down, so that nobody answers ARP
 // for its addresses on its behalf.
 func (k *nlKernel) makeDevice(ctx context.Context, name string) error {
-	return makeDummy(ctx, k.route, name)
-}
-
-func makeDummy(ctx context.Context, c *nlbatch.Conn, name string) error {
-	refused, err := c.Execute(ctx, 1, func(_ int, e *nlbatch.Encoder) {
+	refused, err := k.route.Execute(ctx, 1, func(_ int, e *nlbatch.Encoder) {
 		e.Begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 		e.Raw(make([]byte, unix.SizeofIfInfomsg)...)
 		e.String(unix.IFLA_IFNAME, name)
@@ -186,7 +183,64 @@ func (k *nlKernel) applyAddrs(ctx context.Context, ops []op) (map[int]error, err
 			delete(refused, i)
 		}
 	}
+	if err == nil {
+		err = k.awaitRoutes(ctx, ops, refused)
+	}
 	return refused, err
+}
+
+// routeWait is how long the local route of an IPv6 address is waited for.
+const routeWait = time.Second
+
+// awaitRoutes waits until the kernel takes packets to the IPv6 addresses that were
+// added as its own: it makes their routes a moment after it has acknowledged the
+// addresses, the last one's last (addrconf_dad_work). Without, packets pass by the
+// virtual servers. Where the routes do not come in time they are not waited for
+// again.
+func (k *nlKernel) awaitRoutes(ctx context.Context, ops []op, refused map[int]error) error {
+	for i := len(ops) - 1; i >= 0 && !k.routesLate; i-- {
+		if ops[i].kind == addAddr && ops[i].addr.Is6() && refused[i] == nil {
+			return k.awaitRoute(ctx, ops[i].addr)
+		}
+	}
+	return nil
+}
+
+func (k *nlKernel) awaitRoute(ctx context.Context, a netip.Addr) error {
+	pause := 500 * time.Microsecond
+	for deadline := time.Now().Add(routeWait); ; pause = min(2*pause, 20*time.Millisecond) {
+		local, err := k.isLocal(ctx, a)
+		if err != nil || local {
+			return err
+		}
+		if k.routesLate = time.Now().After(deadline); k.routesLate {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+	}
+}
+
+// isLocal says whether the kernel takes packets to an IPv6 address as its own.
+func (k *nlKernel) isLocal(ctx context.Context, a netip.Addr) (bool, error) {
+	local := false
+	err := k.route.Query(ctx, func(e *nlbatch.Encoder) {
+		e.Begin(unix.RTM_GETROUTE, 0)
+		h := [unix.SizeofRtMsg]byte{0: unix.AF_INET6, 1: 128}
+		e.Raw(h[:]...)
+		e.Bytes(unix.RTA_DST, address(a))
+	}, func(payload []byte) error {
+		const typ = 7 // rtm_type
+		local = local || len(payload) > typ && payload[typ] == unix.RTN_LOCAL
+		return nil
+	})
+	if ctx.Err() != nil {
+		return false, ctx.Err()
+	}
+	return err == nil && local, nil // no route at all is an error of the kernel's
 }
 
 // encodeAddr: IPv4 addresses have scope host and IPv6 ones are deprecated from

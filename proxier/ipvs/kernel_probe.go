@@ -2,13 +2,15 @@ package ipvs
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -21,14 +23,29 @@ import (
 // Probe finds out whether this node can do ipvs mode for a family, by doing once
 // all that it takes, on throw-away objects: libraries are silent where a kernel
 // has no IPVS. variant is that of iptables: "legacy", "nft" or "auto". Modules
-// are loaded where they can be. The error says what is missing and what to do.
+// are loaded where they can be. If something is missing, the error is an
+// *Unavailable that says what, and what to do. If that cannot be found out, after
+// some tries, it is another. What an earlier Probe left that was killed is
+// removed.
 func Probe(ctx context.Context, family model.Family, variant string) (Host, error) {
+	var h Host
+	err := persist(ctx, func() (err error) { h, err = probeOnce(ctx, family, variant); return err })
+	return h, err
+}
+
+func probeOnce(ctx context.Context, family model.Family, variant string) (Host, error) {
 	x, err := xtables.Choose(ctx, family, variant)
+	if askPrograms.lacking(err) {
+		return Host{}, &Unavailable{err}
+	}
 	if err != nil {
 		return Host{}, err
 	}
 	h := Host{Programs: x.Programs, Why: x.Why, RandomFully: x.RandomFully}
 	k, err := newKernel(family, x.Programs, xtables.Stats{})
+	if askSockets.lacking(err) {
+		return Host{}, unavailable("this kernel lacks a protocol that ipvs mode takes (module nfnetlink): %w", err)
+	}
 	if err != nil {
 		return Host{}, err
 	}
@@ -61,31 +78,59 @@ type probe struct {
 }
 
 // modprobe loads a module where the program for it is installed. In a container
-// without, the kernel may still load those that it asks for itself.
-func modprobe(ctx context.Context, module string) {
-	if program, err := exec.LookPath("modprobe"); err == nil && os.Geteuid() == 0 {
-		_ = exec.CommandContext(ctx, program, "-q", module).Run() // what matters is tried afterwards
+// without, the kernel may still load those that it asks for itself. Whether it is
+// there then is tried afterwards; the error is for a program that could not do
+// its work this time.
+func modprobe(ctx context.Context, module string) error {
+	program, err := exec.LookPath("modprobe")
+	if err != nil || os.Geteuid() != 0 {
+		return nil
 	}
+	out, err := exec.CommandContext(ctx, program, "-q", module).CombinedOutput()
+	if err == nil || ended(err) && !xtables.Passing(string(out)) {
+		return nil
+	}
+	return fmt.Errorf("load module %s: %w: %s", module, err, bytes.TrimSpace(out))
+}
+
+// ended says whether a program came to its end by itself.
+func ended(err error) bool {
+	var exit *exec.ExitError
+	return errors.As(err, &exit) && exit.Exited()
+}
+
+// load asks a question; where the answer is no, once more with a module loaded.
+func (p probe) load(ctx context.Context, q question, module string, ask func() error) error {
+	err := ask()
+	if !q.lacking(err) {
+		return err
+	}
+	if err := modprobe(ctx, module); err != nil {
+		return err
+	}
+	return ask()
 }
 
 // ipvs: the kernel loads module ip_vs when it is asked for the family, by its
 // alias.
 func (p probe) ipvs(ctx context.Context) error {
-	id, err := p.ipvsFamily(ctx)
-	if err != nil {
-		modprobe(ctx, "ip_vs")
-		id, err = p.ipvsFamily(ctx)
+	var id uint16
+	err := p.load(ctx, askFamily, "ip_vs", func() (err error) { id, err = p.ipvsFamily(ctx); return err })
+	if askFamily.lacking(err) {
+		return unavailable("this kernel has no IPVS: load module ip_vs (modprobe ip_vs), or run a kernel with CONFIG_IP_VS")
 	}
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		return errors.New("this kernel has no IPVS: load module ip_vs (modprobe ip_vs), or run a kernel with CONFIG_IP_VS")
-	case err != nil:
+	if err != nil {
 		return err
 	}
-	if _, err := os.Stat("/proc/thread-self/net/ip_vs"); err != nil {
-		return fmt.Errorf("this kernel's IPVS does not show its table: %w", err)
+	if _, err := os.Stat(ipvsTable); errors.Is(err, os.ErrNotExist) {
+		return unavailable("this kernel's IPVS does not show its table: %w", err)
+	} else if err != nil {
+		return fmt.Errorf("look for the table of IPVS: %w", err)
 	}
 	if err := p.version(ctx, id); err != nil {
+		return err
+	}
+	if err := p.sweepServers(ctx); err != nil {
 		return err
 	}
 	return p.schedulers(ctx, id)
@@ -107,33 +152,19 @@ func (p probe) version(ctx context.Context, id uint16) error {
 	return nil
 }
 
-// throwAway is an address for documentation (RFC 5737, RFC 3849) that no host has.
-func throwAway(family model.Family, try uint16) serverKey {
-	a := netip.MustParseAddr("198.51.100.0")
-	if family == model.IPv6 {
-		a = netip.MustParseAddr("2001:db8::c633:6400")
-	}
-	return serverKey{addr: a, port: 20000 + try, protocol: model.TCP}
-}
-
-// probePorts are how many ports are tried: somebody else may probe as well.
-const probePorts = 64
-
 // schedulers adds a virtual server with each. The kernel loads the scheduler's
 // module by itself if it can.
 func (p probe) schedulers(ctx context.Context, id uint16) error {
 	for _, name := range schedulers {
-		err := p.tryServer(ctx, id, name)
-		if errors.Is(err, unix.ENOENT) {
-			modprobe(ctx, "ip_vs_"+name)
-			err = p.tryServer(ctx, id, name)
-		}
+		err := p.load(ctx, askScheduler, "ip_vs_"+name, func() error { return p.tryServer(ctx, id, name) })
 		switch {
 		case err == nil:
 			p.host.Schedulers = append(p.host.Schedulers, name)
-		case errors.Is(err, unix.ENOENT):
-		case errors.Is(err, unix.EAFNOSUPPORT) && p.family == model.IPv6:
-			return errors.New("this kernel's IPVS does not do IPv6: run a kernel with CONFIG_IP_VS_IPV6, or configure IPv4 only")
+		case askScheduler.lacking(err):
+		case askServer.lacking(err):
+			return unavailable("this kernel's IPVS does not do %s: run a kernel with CONFIG_IP_VS_IPV6, or configure IPv4 only", p.family)
+		case errors.Is(err, unix.EPERM) && inUserNamespace():
+			return unavailable("the kernel lets nobody change IPVS from a user namespace of its own (as in a rootless container): %w", err)
 		case errors.Is(err, unix.EPERM):
 			return fmt.Errorf("try a virtual server: CAP_NET_ADMIN is needed: %w", err)
 		default:
@@ -141,16 +172,23 @@ func (p probe) schedulers(ctx context.Context, id uint16) error {
 		}
 	}
 	if len(p.host.Schedulers) == 0 {
-		return errors.New("this kernel's IPVS has no scheduler: load module ip_vs_rr (modprobe ip_vs_rr)")
+		return unavailable("this kernel's IPVS has no scheduler: load module ip_vs_rr (modprobe ip_vs_rr)")
 	}
 	return nil
+}
+
+// inUserNamespace says whether this process is in another user namespace than
+// the machine's first, for which alone generic netlink accepts a capability.
+func inUserNamespace() bool {
+	data, err := os.ReadFile("/proc/self/uid_map")
+	return err == nil && !slices.Equal(strings.Fields(string(data)), []string{"0", "0", "4294967295"})
 }
 
 // tryServer adds a virtual server, reads it back and deletes it. One that exists
 // is somebody's, and another port is tried.
 func (p probe) tryServer(ctx context.Context, id uint16, scheduler string) error {
-	for try := range uint16(probePorts) {
-		o := op{kind: putServer, key: throwAway(p.family, try), settings: settings{scheduler: scheduler}}
+	for _, key := range throwAways(p.family) {
+		o := op{kind: putServer, key: key, settings: trialSettings(scheduler)}
 		err := p.command(ctx, id, cmdNewService, &o)
 		if errors.Is(err, unix.EEXIST) {
 			continue
@@ -159,12 +197,12 @@ func (p probe) tryServer(ctx context.Context, id uint16, scheduler string) error
 			return err
 		}
 		got, err := lookupServer(ctx, p.genl, id, p.af(), o.key)
-		if err == nil && (got == nil || got.scheduler != scheduler) {
+		if err == nil && (got == nil || got.settings != o.settings) {
 			err = errors.New("a virtual server that was added cannot be read back")
 		}
 		return errors.Join(err, p.command(context.WithoutCancel(ctx), id, cmdDelService, &o))
 	}
-	return fmt.Errorf("all ports of %s have virtual servers", throwAway(p.family, 0).addr)
+	return fmt.Errorf("all ports of %s that are tried have virtual servers", throwAways(p.family)[0].addr)
 }
 
 func (p probe) command(ctx context.Context, id uint16, cmd uint8, o *op) error {
@@ -175,23 +213,19 @@ func (p probe) command(ctx context.Context, id uint16, cmd uint8, o *op) error {
 	return refused[0]
 }
 
-// probeDevice is created and removed again.
-const probeDevice = "kube-ipvs-probe"
-
 func (p probe) device(ctx context.Context) error {
+	if err := p.sweepDevice(ctx); err != nil {
+		return err
+	}
 	index, err := p.deviceIndex(ctx)
 	if err != nil || index != 0 {
 		return err // kube-ipvs0 is there: nothing needs to be created
 	}
-	err = p.makeDevice(ctx, probeDevice)
-	if errors.Is(err, unix.EOPNOTSUPP) {
-		modprobe(ctx, "dummy")
-		err = p.makeDevice(ctx, probeDevice)
+	err = p.load(ctx, askDevice, "dummy", func() error { return p.makeDevice(ctx, probeDevice) })
+	if askDevice.lacking(err) {
+		return unavailable("this kernel has no dummy devices: load module dummy (modprobe dummy), or run a kernel with CONFIG_DUMMY")
 	}
-	switch {
-	case errors.Is(err, unix.EOPNOTSUPP):
-		return errors.New("this kernel has no dummy devices: load module dummy (modprobe dummy), or run a kernel with CONFIG_DUMMY")
-	case err != nil:
+	if err != nil {
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
@@ -201,33 +235,37 @@ func (p probe) device(ctx context.Context) error {
 	return removeLink(ctx, p.route, index)
 }
 
-// chainProbe holds trial rules. Nothing leads there.
-const chainProbe = "SLUICE-IPVS-TRIAL"
-
 // rules tries the set types, and rules with them.
 func (p probe) rules(ctx context.Context) (err error) {
-	set := func(i int) string { return fmt.Sprintf("SLUICE-PROBE-%d-%d-%d", p.family, os.Getpid(), i) }
-	defer func() {
-		for i := range len(probeSets) + 1 {
-			err = errors.Join(err, p.sets.Destroy(context.WithoutCancel(ctx), set(i)))
-		}
-	}()
-	v6 := p.family == model.IPv6
+	// Not before: rules of a Probe that was killed hold on to sets until tryRule.
+	defer func() { err = errors.Join(err, p.sweepSets(context.WithoutCancel(ctx))) }()
+	set := func(i int) string { return trialSet(p.family, os.Getpid(), i) }
 	for i, typ := range probeSets {
-		if err := p.sets.Create(ctx, ipset.Spec{Name: set(i), Type: typ, IPv6: v6, HashSize: 64, MaxElem: 64}); err != nil {
-			return fmt.Errorf("this kernel cannot do what ipvs mode needs of ipset: %w", err)
+		err := p.trySet(ctx, ipset.Spec{Name: set(i), Type: typ})
+		if askSet.lacking(err) {
+			return unavailable("this kernel cannot do what ipvs mode needs of ipset (modules ip_set and ip_set_*): %w", err)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	if err := p.tryRule(ctx, tableFilter, "-m set --match-set "+set(1)+" dst,dst -j RETURN"); err != nil {
-		return fmt.Errorf("iptables cannot match sets (module xt_set): %w", err)
+	if err := p.tryCount(ctx, set(1)); err != nil {
+		return err
 	}
-	marked := len(probeSets)
-	err = p.sets.Create(ctx, ipset.Spec{Name: set(marked), Type: ipset.HashIPPort, IPv6: v6, Marks: true, HashSize: 64, MaxElem: 64})
+	err = p.tryRule(ctx, tableFilter, "-m set --match-set "+set(1)+" dst,dst -j RETURN")
+	if askRule.lacking(err) {
+		return unavailable("iptables cannot match sets (module xt_set): %w", err)
+	}
+	if err != nil {
+		return err
+	}
+	marked := set(len(probeSets))
+	err = p.trySet(ctx, ipset.Spec{Name: marked, Type: ipset.HashIPPort, Marks: true})
 	if err == nil {
-		err = p.tryRule(ctx, tableMangle, "-j SET --map-set "+set(marked)+" dst,dst --map-mark")
+		err = p.tryRule(ctx, tableMangle, "-j SET --map-set "+marked+" dst,dst --map-mark")
 	}
-	if ctx.Err() != nil {
-		return ctx.Err()
+	if err != nil && !askSet.lacking(err) && !askRule.lacking(err) {
+		return err
 	}
 	if p.host.Inside = err == nil; err != nil {
 		p.host.Missing = append(p.host.Missing, fmt.Sprintf("The kernel or iptables cannot map sets to packet marks (ipset skbinfo, SET --map-mark; Linux 3.18): "+
@@ -237,6 +275,36 @@ func (p probe) rules(ctx context.Context) (err error) {
 }
 
 var probeSets = []ipset.Type{ipset.HashIP, ipset.HashIPPort, ipset.HashIPPortIP, ipset.HashIPPortNet, ipset.BitmapPort}
+
+// trySet creates a set. The module of a type has an alias: ip_set_hash:ip.
+func (p probe) trySet(ctx context.Context, s ipset.Spec) error {
+	s.IPv6, s.HashSize, s.MaxElem = p.family == model.IPv6, 64, 64
+	return p.load(ctx, askSet, "ip_set_"+string(s.Type), func() error { return p.sets.Create(ctx, s) })
+}
+
+// tryCount finds out whether the kernel counts a set's elements: drift is found by
+// that.
+func (p probe) tryCount(ctx context.Context, set string) error {
+	key := throwAways(p.family)[0]
+	refused, err := p.sets.Apply(ctx, 1, func(int) ipset.Change {
+		return ipset.Change{Set: set, Type: ipset.HashIPPort, Entry: ipset.Entry{Addr: key.addr, Protocol: uint8(key.protocol), Port: key.port}}
+	})
+	if err := errors.Join(err, refused[0]); err != nil {
+		return fmt.Errorf("add an element to set %s: %w", set, err)
+	}
+	h, err := p.sets.Header(ctx, set)
+	if err != nil {
+		return err
+	}
+	return checkCount(h)
+}
+
+func checkCount(h ipset.Header) error {
+	if h.Elements == 1 {
+		return nil
+	}
+	return unavailable("this kernel does not count the elements of sets, by which ipvs mode sees that somebody changed them (a set of one has %d): run Linux 4.10 or later", h.Elements)
+}
 
 // tryRule loads a rule where no packet comes, and removes it.
 func (p probe) tryRule(ctx context.Context, table, rule string) error {

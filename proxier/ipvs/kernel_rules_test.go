@@ -75,7 +75,7 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 	}
 	k.rules = ruleMemory{} // a restart
 	prepare(0, 0)
-	have, err := k.readRules(ctx)
+	have, err := k.readRules(ctx, tables...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,13 +93,22 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 	iptables("-t", "nat", "-A", chainServices, "-j", "RETURN")
 	iptables("-t", "nat", "-F", "PREROUTING")
 	prepare(2, 1)
+	// As many rules as before, and others: right after our own write, too.
+	for range 2 {
+		iptables("-t", "nat", "-R", chainMarkMasq, "1", "-j", "RETURN")
+		prepare(1, 0)
+	}
+	prepare(0, 0)
+	if have, err = k.readRules(ctx, tableNAT); err != nil || othersServe(have[chainRef{tableNAT, chainServices}]) {
+		t.Errorf("our own rules are taken for iptables mode's: %v, %v", have[chainRef{tableNAT, chainServices}], err)
+	}
 	o.Inside = false
 	want = base(&o, &plan.Facts{Family: f})
 	if err := k.prepareRules(ctx, want, &fixed); err != nil {
 		t.Fatal(err)
 	}
 	prepare(0, 0)
-	if have, err = k.readRules(ctx); err != nil || len(have[chainRef{tableMangle, chainInside}]) > 0 {
+	if have, err = k.readRules(ctx, tables...); err != nil || len(have[chainRef{tableMangle, chainInside}]) > 0 {
 		t.Errorf("a chain of before is not empty: %v, %v", have[chainRef{tableMangle, chainInside}], err)
 	}
 	iptables("-N", "THEIRS")
@@ -107,7 +116,7 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 	if err := teardown(k); err != nil {
 		t.Fatal(err)
 	}
-	if have, err = k.readRules(ctx); err != nil {
+	if have, err = k.readRules(ctx, tables...); err != nil {
 		t.Fatal(err)
 	}
 	for ref, list := range have {
@@ -133,22 +142,54 @@ func clearAll(t *testing.T, k *nlKernel) {
 // was written, and only then.
 func TestKernelLearnsForms(t *testing.T) {
 	want := static{chains: []rules{{tableNAT, "C", []string{"-d 10.0.0.1 -j ACCEPT"}}}, jumps: []jump{{tableNAT, "OUTPUT", "-j C"}}}
-	have := map[chainRef][]string{{tableNAT, "C"}: {"-d 10.0.0.1/32 -j ACCEPT"}, {tableNAT, "OUTPUT"}: {"-m comment -j C"}}
+	form := func(to string) map[chainRef][]string {
+		return map[chainRef][]string{{tableNAT, "C"}: {"-d " + to + " -j ACCEPT"}, {tableNAT, "OUTPUT"}: {"-m comment -j C"}}
+	}
 	var m ruleMemory
-	ch := m.compare(have, want)
+	ch := m.compare(form("10.0.0.1/32"), want)
 	if len(ch.put) != 1 || len(ch.jumps) != 1 {
 		t.Fatalf("foreign content is taken for ours: %+v", ch)
 	}
-	m.wrote(ch)
+	m.learn(ch, form("10.0.0.1/32"))
 	for range 2 {
-		if ch := m.compare(have, want); !ch.nothing() {
+		if ch := m.compare(form("10.0.0.1/32"), want); !ch.nothing() {
 			t.Errorf("not learnt: %+v", ch)
 		}
+		drift := form("10.0.0.2/32")
+		drift[chainRef{tableNAT, "OUTPUT"}] = []string{"-m mark -j C"}
+		if ch := m.compare(drift, want); len(ch.put) != 1 || len(ch.jumps) != 1 {
+			t.Errorf("a change is not seen: %+v", ch)
+		}
 	}
-	have[chainRef{tableNAT, "C"}] = []string{"-d 10.0.0.2/32 -j ACCEPT"}
-	have[chainRef{tableNAT, "OUTPUT"}] = nil
-	if ch := m.compare(have, want); len(ch.put) != 1 || len(ch.jumps) != 1 {
-		t.Errorf("a change is not seen: %+v", ch)
+	m = ruleMemory{}
+	m.learn(ch, map[chainRef][]string{{tableNAT, "C"}: {"-d 10.0.0.1 -j ACCEPT"}, {tableNAT, "OUTPUT"}: {"-j C"}})
+	m.learn(ch, map[chainRef][]string{{tableNAT, "C"}: {"-d 10.0.0.1 -j ACCEPT", "-j DROP"}})
+	if len(m.printed) > 0 {
+		t.Errorf("learnt without need: %v", m.printed)
+	}
+	if ch := m.compare(form("10.0.0.2"), want); len(ch.put) != 1 || len(ch.jumps) != 1 {
+		t.Errorf("the first look after a write takes drift for ours: %+v", ch)
+	}
+}
+
+// TestKernelOthersServe: rules that look into sets are of ipvs mode.
+func TestKernelOthersServe(t *testing.T) {
+	sets := "-m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT"
+	service := `-d 10.96.0.1/32 -p tcp -m comment --comment "default/kubernetes:https cluster IP" -m tcp --dport 443 -j KUBE-SVC-NPX46M4PTMTKRN6Y`
+	last := `-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS`
+	for _, c := range []struct {
+		rules []string
+		want  bool
+	}{
+		{nil, false},
+		{[]string{sets}, false},
+		{[]string{"-s 127.0.0.0/8 -j RETURN", sets}, false}, // kube-proxy's ipvs mode
+		{[]string{last}, true},
+		{[]string{service, last}, true},
+	} {
+		if got := othersServe(c.rules); got != c.want {
+			t.Errorf("%q: %t", c.rules, got)
+		}
 	}
 }
 

@@ -108,8 +108,8 @@ type actual struct {
 	servers map[serverKey]*liveServer // of this family, everybody's
 	sets    [setCount]map[entry]bool  // of ours; nil: the set does not exist
 	addrs   map[netip.Addr]bool       // on kube-ipvs0; nil: there is no such device
-	// othersServe says that there is no kube-ipvs0 yet, and that rules of iptables
-	// mode, ours or kube-proxy's, forward traffic to Services.
+	// othersServe says that rules of iptables mode, ours or kube-proxy's, forward
+	// traffic to Services.
 	othersServe bool
 }
 
