@@ -26,7 +26,8 @@ import (
 // ipvs proxier, and the tests of what only that can do. All in one go, for a
 // kernel that boots takes seconds.
 func TestIPVS(t *testing.T) {
-	uml.Rerun(t, "^(TestProbe|TestScenarios|TestSchedulers|TestTermination|TestDrain|TestKeep|TestForeign|TestCleanup|TestModeChange|TestHostPorts)$")
+	m := uml.Machine{Modules: append(uml.DefaultModules(), "sctp")} // whose flows need sockets
+	uml.RerunIn(t, m, "^(TestProbe|TestScenarios|TestSchedulers|TestTermination|TestDrain|TestKeep|TestForeign|TestCleanup|TestModeChange|TestHostPorts)$")
 }
 
 // inside skips a test where TestIPVS has not started it.

@@ -84,7 +84,7 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 	var wg sync.WaitGroup
 	turn := make(chan struct{}, 16) // so many flows at a time
 	for i := range s.Flows {
-		if !s.Flows[i].In(sub.mode) {
+		if f := &s.Flows[i]; !f.In(sub.mode) || sockets(f.Protocol) != nil {
 			continue
 		}
 		wg.Go(func() {
@@ -98,8 +98,8 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 		f := &s.Flows[i]
 		switch {
 		case !f.In(sub.mode):
-		case f.Protocol == model.SCTP:
-			t.Run(f.Text, func(t *testing.T) { t.Skip("SKIPPED, no SCTP sockets; the tracer follows this flow") })
+		case sockets(f.Protocol) != nil:
+			t.Run(f.Text, func(t *testing.T) { t.Skipf("SKIPPED, %v; the tracer follows this flow", sockets(f.Protocol)) })
 		case err != nil:
 			t.Errorf("%s:\n%v", f.Text, err)
 		}
@@ -108,6 +108,16 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 		t.Log(evidence(node))
 	}
 }
+
+// sockets says why a protocol cannot be served and dialled here; nil if it can.
+func sockets(p model.Protocol) error {
+	if p == model.SCTP {
+		return sctp()
+	}
+	return nil
+}
+
+var sctp = sync.OnceValue(netlab.SCTP)
 
 // program lets the proxier start from nothing, and asks a second time for the
 // same, which must change nothing and fail for nothing.
@@ -127,7 +137,7 @@ func build(t *testing.T, s *scenarios.Scenario) *netlab.Lab {
 	t.Helper()
 	lab := buildCluster(t, s)
 	for _, l := range s.Cluster.Listeners {
-		if l.Protocol != model.SCTP {
+		if sockets(l.Protocol) == nil {
 			serve(t, lab.Host(l.Host), l.At.String(), l.Protocol, l.At)
 		}
 	}
@@ -197,7 +207,7 @@ func serveNowhere(t *testing.T, lab *netlab.Lab, s *scenarios.Scenario) {
 	}
 	for _, f := range s.Flows {
 		here := place{f.To, f.Protocol}
-		if f.Expect == scenarios.Endpoints || f.Protocol == model.SCTP || taken[here] {
+		if f.Expect == scenarios.Endpoints || sockets(f.Protocol) != nil || taken[here] {
 			continue
 		}
 		taken[here] = true
@@ -226,9 +236,6 @@ const (
 // dial makes connections until it is certain that the flow is as it says, and
 // returns what is not.
 func dial(ctx context.Context, lab *netlab.Lab, s *scenarios.Scenario, f *scenarios.Flow) error {
-	if f.Protocol == model.SCTP {
-		return nil
-	}
 	ask := func(wait time.Duration) (netlab.Answer, error) {
 		return lab.Host(f.From.Name).Ask(ctx, f.Protocol.String(), f.Source, f.To, wait)
 	}

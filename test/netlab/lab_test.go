@@ -13,6 +13,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/test/uml"
 )
 
 const patience = 10 * time.Second
@@ -30,7 +32,34 @@ func newLab(t *testing.T, cfg Config) *Lab {
 	return lab
 }
 
-// TestEverybodyReachesEverybody: all pairs of hosts, both families, both
+// networks are the protocols to test here. TestSCTP tests that one alone: the
+// others were tested outside, and routers answer a host that has no route only
+// about once a second (ip_error in the kernel's net/ipv4/route.c).
+func networks(t *testing.T) []string {
+	t.Helper()
+	err := SCTP()
+	switch {
+	case uml.Inside() && err == nil:
+		return []string{"sctp"}
+	case uml.Inside():
+		t.Skip("SKIPPED, SCTP not tested: ", err)
+	case err == nil:
+		return []string{"tcp", "udp", "sctp"}
+	}
+	return []string{"tcp", "udp"}
+}
+
+// TestSCTP runs the tests of what hosts ask each other on a kernel that may have
+// SCTP, where the machine's own has none.
+func TestSCTP(t *testing.T) {
+	if SCTP() == nil {
+		t.Skip("the other tests are about SCTP too")
+	}
+	modules := []string{"veth", "bridge", "sctp"}
+	uml.RerunIn(t, uml.Machine{Modules: modules}, "^(TestEverybodyReachesEverybody|TestAnswers|TestSourceAndAddedAddress)$")
+}
+
+// TestEverybodyReachesEverybody: all pairs of hosts, both families, all
 // protocols, at once, on a lab that was built this moment.
 func TestEverybodyReachesEverybody(t *testing.T) {
 	for name, bridge := range map[string]string{"routed": "", "bridge": "cbr0"} {
@@ -41,7 +70,7 @@ func TestEverybodyReachesEverybody(t *testing.T) {
 			hosts := []string{"node1", "node2", "pod1", "pod2", "pod3", "pod4", "client"}
 			for _, h := range hosts {
 				for _, a := range lab.Addrs(h) {
-					for _, network := range []string{"tcp", "udp"} {
+					for _, network := range networks(t) {
 						if _, err := lab.Host(h).Serve(h, network, netip.AddrPortFrom(a, 80)); err != nil {
 							t.Fatal(err)
 						}
@@ -52,7 +81,7 @@ func TestEverybodyReachesEverybody(t *testing.T) {
 			for _, from := range hosts {
 				for _, to := range hosts {
 					for _, a := range lab.Addrs(to) {
-						for _, network := range []string{"tcp", "udp"} {
+						for _, network := range networks(t) {
 							wg.Go(func() {
 								got, err := lab.Host(from).Ask(t.Context(), network, netip.Addr{}, netip.AddrPortFrom(a, 80), patience)
 								if err != nil || got.Server != to || !got.SourceKept() {
@@ -85,7 +114,7 @@ func TestAnswers(t *testing.T) {
 		}
 	}
 	for _, a := range []string{"10.96.0.1:80", "[fd00:10:96::1]:80"} {
-		for _, network := range []string{"tcp", "udp"} {
+		for _, network := range networks(t) {
 			if _, err := lab.Nowhere.Serve("nowhere", network, netip.MustParseAddrPort(a)); err != nil {
 				t.Fatal(err)
 			}
@@ -108,7 +137,7 @@ func TestAnswers(t *testing.T) {
 		{"203.0.113.1:80", TimedOut, 300 * time.Millisecond},
 		{"[2001:db8:113::1]:80", TimedOut, 300 * time.Millisecond},
 	} {
-		for _, network := range []string{"tcp", "udp"} {
+		for _, network := range networks(t) {
 			for _, from := range []string{"client", "pod2", "node1"} {
 				wg.Go(func() {
 					got, err := lab.Host(from).Ask(t.Context(), network, netip.Addr{}, netip.MustParseAddrPort(tc.to), tc.wait)
@@ -120,8 +149,28 @@ func TestAnswers(t *testing.T) {
 		}
 	}
 	wg.Wait()
-	if _, err := lab.Host("client").Ask(t.Context(), "sctp", netip.Addr{}, netip.MustParseAddrPort("10.0.0.1:1"), patience); err == nil {
-		t.Error("SCTP was asked over no socket")
+	at := netip.MustParseAddrPort("192.168.100.10:1")
+	if _, err := lab.Host("client").Ask(t.Context(), "dccp", netip.Addr{}, at, patience); err == nil {
+		t.Error("DCCP was asked over no socket")
+	}
+	if _, err := lab.Host("client").Serve("client", "dccp", at); err == nil {
+		t.Error("DCCP was served over no socket")
+	}
+}
+
+// TestWithoutSCTP: a kernel without says so; nobody takes it for a refusal.
+func TestWithoutSCTP(t *testing.T) {
+	err := SCTP()
+	if err == nil {
+		t.Skip("the kernel has SCTP")
+	}
+	lab := newLab(t, Default())
+	at := netip.AddrPortFrom(lab.Addr("client", true), 80)
+	if _, serr := lab.Host("client").Serve("client", "sctp", at); serr == nil {
+		t.Errorf("SCTP was served, though: %v", err)
+	}
+	if got, aerr := lab.Host("pod1").Ask(t.Context(), "sctp", netip.Addr{}, at, patience); aerr == nil {
+		t.Errorf("SCTP: %v, though: %v", got, err)
 	}
 }
 
@@ -134,12 +183,14 @@ func TestSourceAndAddedAddress(t *testing.T) {
 	if err := lab.AddAddr("node1", vip); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := lab.Host("node1").Serve("vip", "tcp", netip.AddrPortFrom(vip, 80)); err != nil {
-		t.Fatal(err)
-	}
-	got, err := lab.Host("client").Ask(t.Context(), "tcp", other, netip.AddrPortFrom(vip, 80), patience)
-	if err != nil || got.Server != "vip" || got.Seen.Addr() != other {
-		t.Errorf("%v, %v", got, err)
+	for _, network := range networks(t) {
+		if _, err := lab.Host("node1").Serve("vip", network, netip.AddrPortFrom(vip, 80)); err != nil {
+			t.Fatal(err)
+		}
+		got, err := lab.Host("client").Ask(t.Context(), network, other, netip.AddrPortFrom(vip, 80), patience)
+		if err != nil || got.Server != "vip" || got.Seen.Addr() != other {
+			t.Errorf("%s: %v, %v", network, got, err)
+		}
 	}
 }
 

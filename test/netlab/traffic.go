@@ -15,17 +15,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Serve answers on an address of the namespace, over "tcp" or "udp", with name
-// and the source address that it sees, until the lab is closed or stop called.
-// Over TCP it answers at once and closes; over UDP it answers each datagram.
+// Serve answers on an address of the namespace, over "tcp", "udp" or "sctp", with
+// name and the source address that it sees, until the lab is closed or stop
+// called. Over TCP and SCTP it answers at once and closes; over UDP it answers
+// each datagram. SCTP needs a kernel that has it: see [SCTP].
 func (n *Namespace) Serve(name, network string, at netip.AddrPort) (stop func(), err error) {
 	switch network {
-	case "tcp":
-		l, err := n.Listen(network, at.String())
+	case "tcp", "sctp":
+		listen := func() (net.Listener, error) { return n.Listen(network, at.String()) }
+		if network == "sctp" {
+			listen = func() (net.Listener, error) { return n.listenSCTP(at) }
+		}
+		l, err := listen()
 		if err != nil {
 			return nil, fmt.Errorf("serve %s at %s: %w", name, at, err)
 		}
-		go serveTCP(l, name)
+		go serveStreams(l, name)
 		return func() { l.Close() }, nil
 	case "udp":
 		c, err := n.ListenPacket(network, at.String())
@@ -38,7 +43,7 @@ func (n *Namespace) Serve(name, network string, at netip.AddrPort) (stop func(),
 	return nil, fmt.Errorf("serve %s at %s: no sockets for %s", name, at, network)
 }
 
-func serveTCP(l net.Listener, name string) {
+func serveStreams(l net.Listener, name string) {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -103,25 +108,16 @@ func (a Answer) String() string {
 	return fmt.Sprintf("%s answered %s, seen as %s", a.Server, a.Local, a.Seen)
 }
 
-// Ask dials a server started by Serve, over "tcp" or "udp", from inside the
-// namespace, each time from a new port, and waits for its answer at most for
+// Ask dials a server started by Serve, over "tcp", "udp" or "sctp", from inside
+// the namespace, each time from a new port, and waits for its answer at most for
 // patience. A source that is not valid leaves the choice to the kernel. An
 // error is returned only if the question could not be asked; refusals and
 // silence are Answers.
 func (n *Namespace) Ask(ctx context.Context, network string, source netip.Addr, to netip.AddrPort, patience time.Duration) (Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	d := net.Dialer{Control: reportErrors}
-	switch {
-	case network != "tcp" && network != "udp":
-		return Answer{}, fmt.Errorf("ask %s: no sockets for %s", to, network)
-	case source.IsValid() && network == "tcp":
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
-	case source.IsValid():
-		d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
-	}
 	start := time.Now()
-	conn, err := n.dial(ctx, &d, network, to.String())
+	conn, err := n.dialFrom(ctx, network, source, to)
 	if err == nil {
 		defer conn.Close()
 		var a Answer
@@ -137,20 +133,38 @@ func (n *Namespace) Ask(ctx context.Context, network string, source netip.Addr, 
 	return Answer{Result: result, Err: err, Took: time.Since(start)}, nil
 }
 
-// reportErrors makes UDP sockets report every ICMP error: without it "host
-// unreachable" would look like silence (ip(7), IP_RECVERR).
-func reportErrors(network, _ string, c syscall.RawConn) (err error) {
-	set := func(fd uintptr) {}
-	switch network {
-	case "udp4":
-		set = func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVERR, 1) }
-	case "udp6":
-		set = func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 1) }
+// dialFrom makes a connection from an address, or any if it is not valid.
+func (n *Namespace) dialFrom(ctx context.Context, network string, source netip.Addr, to netip.AddrPort) (net.Conn, error) {
+	d := net.Dialer{Control: reportErrorsUDP}
+	switch local := netip.AddrPortFrom(source, 0); {
+	case network == "sctp":
+		return n.dialSCTP(ctx, source, to)
+	case network != "tcp" && network != "udp":
+		return nil, fmt.Errorf("no sockets for %s", network)
+	case source.IsValid() && network == "tcp":
+		d.LocalAddr = net.TCPAddrFromAddrPort(local)
+	case source.IsValid():
+		d.LocalAddr = net.UDPAddrFromAddrPort(local)
 	}
-	if cerr := c.Control(set); cerr != nil {
-		return cerr
+	return n.dial(ctx, &d, network, to.String())
+}
+
+func reportErrorsUDP(network, _ string, c syscall.RawConn) (err error) {
+	if !strings.HasPrefix(network, "udp") {
+		return nil
 	}
-	return err
+	cerr := c.Control(func(fd uintptr) { err = reportErrors(int(fd), network == "udp4") })
+	return errors.Join(cerr, err)
+}
+
+// reportErrors makes a socket of UDP or SCTP report every ICMP error: without it
+// "host unreachable" would look like silence (ip(7), IP_RECVERR), and to SCTP
+// "port unreachable" too.
+func reportErrors(fd int, is4 bool) error {
+	if is4 {
+		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_RECVERR, 1)
+	}
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 1)
 }
 
 func ask(ctx context.Context, conn net.Conn, datagram bool) (Answer, error) {
