@@ -90,6 +90,9 @@ func TestGuestProbe2Host(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Logf("%+v", h)
+		if loaded, err := ipset.Loaded(); !loaded || err != nil {
+			t.Errorf("ipset is not seen where it is: %v", err)
+		}
 		for _, s := range []string{"rr", "wrr", "lc", "wlc", "dh", "sh", "sed", "nq", "lblc", "lblcr", "mh", "fo", "ovf"} {
 			if err := CheckScheduler(s, h.Schedulers); err != nil {
 				t.Error(err)
