@@ -258,6 +258,15 @@ func TestGuestKernelRoutesAreThere(t *testing.T) {
 	if k.routesLate {
 		t.Error("the routes were late")
 	}
+	// One that never comes is waited for, but not for good.
+	if err := k.awaitRoute(ctx, nth(k.family, 97, 1)); err != nil || !k.routesLate {
+		t.Errorf("%v; late: %t", err, k.routesLate)
+	}
+	cancelled, cancel := context.WithCancel(ctx)
+	cancel()
+	if err := k.awaitRoute(cancelled, nth(k.family, 97, 1)); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
 }
 
 func removeAll(t *testing.T, k *nlKernel, servers []server) {
