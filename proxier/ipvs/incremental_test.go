@@ -38,12 +38,17 @@ func options(w *history.World) Options {
 // fresh is what a start from nothing writes for a Set.
 func fresh(t *testing.T, w *history.World, set *plan.Set, refuse func(op) error) string {
 	t.Helper()
+	return freshKernel(t, w, set, refuse).text(false)
+}
+
+func freshKernel(t *testing.T, w *history.World, set *plan.Set, refuse func(op) error) *fakeKernel {
+	t.Helper()
 	k := newFake()
 	k.refuse = refuse
 	if err := newProxier(options(w), k).Sync(context.Background(), set); err != nil {
 		t.Fatalf("start from nothing: %v", err)
 	}
-	return k.text(false)
+	return k
 }
 
 // insist syncs until it succeeds.
