@@ -4,6 +4,7 @@ import (
 	"context"
 	"maps"
 	"slices"
+	"time"
 )
 
 // patrol goes round the virtual servers and compares them with what they should
@@ -14,9 +15,12 @@ type patrol struct {
 }
 
 const (
-	// patrolChecks is in how many checks every virtual server is looked at.
+	// patrolChecks is in how many checks every virtual server is looked at, if the
+	// kernel is fast enough.
 	patrolChecks = 60
-	patrolLeast  = 20
+	patrolStep   = 10
+	// patrolTime is after what time a check goes home: changes wait for it.
+	patrolTime = 5 * time.Millisecond
 )
 
 // Check ends what is drained, and looks for changes made by others: at the sizes
@@ -85,9 +89,22 @@ func (x *Proxier) patrolRight(ctx context.Context) (bool, error) {
 			return right, err
 		}
 	}
-	n := min(len(x.patrol.left), max(patrolLeast, len(x.ledger.claims)/patrolChecks+1))
-	keys := x.patrol.left[:n]
-	x.patrol.left = x.patrol.left[n:]
+	start := x.now()
+	for todo := len(x.ledger.claims)/patrolChecks + 1; todo > 0 && len(x.patrol.left) > 0; todo -= patrolStep {
+		n := min(len(x.patrol.left), patrolStep)
+		keys := x.patrol.left[:n]
+		x.patrol.left = x.patrol.left[n:]
+		if right, err := x.serversRight(ctx, keys); err != nil || !right {
+			return right, err
+		}
+		if x.now().Sub(start) > patrolTime {
+			break
+		}
+	}
+	return true, nil
+}
+
+func (x *Proxier) serversRight(ctx context.Context, keys []serverKey) (bool, error) {
 	keys = slices.DeleteFunc(slices.Clone(keys), func(k serverKey) bool { return x.ledger.winner(k) == nil })
 	live, err := x.kernel.lookup(ctx, keys)
 	if err != nil {

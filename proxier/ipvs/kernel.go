@@ -37,6 +37,8 @@ type nlKernel struct {
 	mu    sync.Mutex
 	id    uint16 // IPVS's generic netlink family; 0: not looked up yet
 	rules ruleMemory
+
+	lastRead lastRead
 }
 
 var _ kernel = (*nlKernel)(nil)
@@ -102,9 +104,13 @@ func (k *nlKernel) prepare(ctx context.Context, want static) (repairs, error) {
 // prepareRules reads the tables, and writes one transaction a table if anything
 // differs.
 func (k *nlKernel) prepareRules(ctx context.Context, want static, fixed *repairs) error {
-	have, err := k.readRules(ctx, tables...)
-	if err != nil {
-		return err
+	have, last := k.lastRead.rules, k.lastRead.token
+	k.lastRead = lastRead{}
+	if now, ok := k.run.Token(tables...); !ok || have == nil || now != last {
+		var err error
+		if have, err = k.readRules(ctx); err != nil {
+			return err
+		}
 	}
 	ch := k.rules.compare(have, want)
 	fixed.chains, fixed.jumps = len(ch.put)+len(ch.empty), len(ch.jumps)
@@ -114,7 +120,8 @@ func (k *nlKernel) prepareRules(ctx context.Context, want static, fixed *repairs
 	if err := k.run.Restore(ctx, func(w *bufio.Writer) { ch.write(w) }); err != nil {
 		return fmt.Errorf("write static rules: %w", err)
 	}
-	if have, err = k.readRules(ctx, ch.tables()...); err != nil {
+	have, err := k.readRules(ctx)
+	if err != nil {
 		return err
 	}
 	k.rules.learn(ch, have)
@@ -147,22 +154,29 @@ func (k *nlKernel) spec(id setID) ipset.Spec {
 // chainRef names a chain.
 type chainRef struct{ table, name string }
 
-// readRules lists tables: each chain with its rules.
-func (k *nlKernel) readRules(ctx context.Context, tables ...string) (map[chainRef][]string, error) {
+// readRules lists the tables: each chain of ours and each built-in one with its
+// rules.
+func (k *nlKernel) readRules(ctx context.Context) (map[chainRef][]string, error) {
 	have := map[chainRef][]string{}
-	for _, table := range tables {
-		err := k.run.Save(ctx, table, func(c xtables.Chain) {
+	err := k.run.SaveAll(ctx, func(table string, c xtables.Chain) {
+		if slices.Contains(tables, table) && (c.Builtin || all.Chain(table, c.Name)) {
 			have[chainRef{table, c.Name}] = []string{}
-		}, func(name, text []byte) {
-			r := chainRef{table, string(name)}
+		}
+	}, func(table string, name, text []byte) {
+		r := chainRef{table, string(name)}
+		if _, wanted := have[r]; wanted {
 			// The programs escape this in strings, without need.
 			have[r] = append(have[r], strings.ReplaceAll(string(text), `\'`, "'"))
-		})
-		if err != nil {
-			return nil, err
 		}
-	}
-	return have, nil
+	})
+	return have, err
+}
+
+// lastRead is what read has read for the prepare that follows it, and the state
+// of the tables before.
+type lastRead struct {
+	token string
+	rules map[chainRef][]string
 }
 
 // ruleMemory knows how the programs print what we wrote, where that is not what
@@ -180,18 +194,6 @@ type rulesChange struct {
 
 func (c *rulesChange) nothing() bool {
 	return len(c.put)+len(c.jumps)+len(c.empty) == 0
-}
-
-// tables are those that a restore writes.
-func (c *rulesChange) tables() []string {
-	var touched []string
-	for _, table := range tables {
-		if slices.ContainsFunc(c.put, func(r rules) bool { return r.table == table }) ||
-			slices.ContainsFunc(c.jumps, func(j jump) bool { return j.table == table }) {
-			touched = append(touched, table)
-		}
-	}
-	return touched
 }
 
 func (r rules) ref() chainRef { return chainRef{r.table, r.chain} }
@@ -341,7 +343,9 @@ func (k *nlKernel) read(ctx context.Context) (*actual, error) {
 	if a.addrs, err = k.addresses(ctx); err != nil || k.everywhere {
 		return a, err
 	}
-	rules, err := k.readRules(ctx, tableNAT)
+	k.lastRead.token, _ = k.run.Token(tables...)
+	rules, err := k.readRules(ctx)
+	k.lastRead.rules = rules
 	a.othersServe = othersServe(rules[chainRef{tableNAT, chainServices}])
 	return a, err
 }
@@ -391,7 +395,7 @@ func (k *nlKernel) change(o *op) ipset.Change {
 // maskOf gives the bits that a mark of ours is about, shifted or not.
 func maskOf(mark uint32) uint32 {
 	if mark > insideMask {
-		return insideMask << 15
+		return insideMask << insideHigh
 	}
 	return insideMask
 }

@@ -252,17 +252,24 @@ func (p probe) rules(ctx context.Context) (err error) {
 	if err := p.tryCount(ctx, set(1)); err != nil {
 		return err
 	}
-	err = p.tryRule(ctx, tableFilter, "-m set --match-set "+set(1)+" dst,dst -j RETURN")
+	marked := set(len(probeSets))
+	errMarked := p.trySet(ctx, ipset.Spec{Name: marked, Type: ipset.HashIPPort, Marks: true})
+	matches := trial{tableFilter, "-m set --match-set " + set(1) + " dst,dst -j RETURN"}
+	maps := trial{tableMangle, "-j SET --map-set " + marked + " dst,dst --map-mark"}
+	if errMarked == nil && p.tryRules(ctx, matches, maps) == nil {
+		p.host.Inside = true
+		return nil
+	}
+	// Which of them is it, and why?
+	err = p.tryRules(ctx, matches)
 	if askRule.lacking(err) {
 		return unavailable("iptables cannot match sets (module xt_set): %w", err)
 	}
 	if err != nil {
 		return err
 	}
-	marked := set(len(probeSets))
-	err = p.trySet(ctx, ipset.Spec{Name: marked, Type: ipset.HashIPPort, Marks: true})
-	if err == nil {
-		err = p.tryRule(ctx, tableMangle, "-j SET --map-set "+marked+" dst,dst --map-mark")
+	if err = errMarked; err == nil {
+		err = p.tryRules(ctx, maps)
 	}
 	if err != nil && !askSet.lacking(err) && !askRule.lacking(err) {
 		return err
@@ -306,15 +313,15 @@ func checkCount(h ipset.Header) error {
 	return unavailable("this kernel does not count the elements of sets, by which ipvs mode sees that somebody changed them (a set of one has %d): run Linux 4.10 or later", h.Elements)
 }
 
-// tryRule loads a rule where no packet comes, and removes it.
-func (p probe) tryRule(ctx context.Context, table, rule string) error {
-	err := p.run.Restore(ctx, func(w *bufio.Writer) {
-		_, _ = fmt.Fprintf(w, "*%s\n:%s - [0:0]\n-A %s %s\nCOMMIT\n", table, chainProbe, chainProbe, rule)
-	})
-	if err != nil {
-		return err
-	}
-	return p.run.Restore(context.WithoutCancel(ctx), func(w *bufio.Writer) {
-		_, _ = fmt.Fprintf(w, "*%s\n:%s - [0:0]\n-X %s\nCOMMIT\n", table, chainProbe, chainProbe)
+// trial is a rule that is tried.
+type trial struct{ table, rule string }
+
+// tryRules loads rules where no packet comes, and removes them.
+func (p probe) tryRules(ctx context.Context, list ...trial) error {
+	return p.run.Restore(ctx, func(w *bufio.Writer) {
+		for _, r := range list {
+			_, _ = fmt.Fprintf(w, "*%s\n:%s - [0:0]\n-A %s %s\nCOMMIT\n", r.table, chainProbe, chainProbe, r.rule)
+			_, _ = fmt.Fprintf(w, "*%s\n:%s - [0:0]\n-X %s\nCOMMIT\n", r.table, chainProbe, chainProbe)
+		}
 	})
 }

@@ -75,7 +75,7 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 	}
 	k.rules = ruleMemory{} // a restart
 	prepare(0, 0)
-	have, err := k.readRules(ctx, tables...)
+	have, err := k.readRules(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +99,7 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 		prepare(1, 0)
 	}
 	prepare(0, 0)
-	if have, err = k.readRules(ctx, tableNAT); err != nil || othersServe(have[chainRef{tableNAT, chainServices}]) {
+	if have, err = k.readRules(ctx); err != nil || othersServe(have[chainRef{tableNAT, chainServices}]) {
 		t.Errorf("our own rules are taken for iptables mode's: %v, %v", have[chainRef{tableNAT, chainServices}], err)
 	}
 	o.Inside = false
@@ -108,7 +108,7 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 		t.Fatal(err)
 	}
 	prepare(0, 0)
-	if have, err = k.readRules(ctx, tables...); err != nil || len(have[chainRef{tableMangle, chainInside}]) > 0 {
+	if have, err = k.readRules(ctx); err != nil || len(have[chainRef{tableMangle, chainInside}]) > 0 {
 		t.Errorf("a chain of before is not empty: %v, %v", have[chainRef{tableMangle, chainInside}], err)
 	}
 	iptables("-N", "THEIRS")
@@ -116,7 +116,7 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 	if err := teardown(k); err != nil {
 		t.Fatal(err)
 	}
-	if have, err = k.readRules(ctx, tables...); err != nil {
+	if have, err = k.readRules(ctx); err != nil {
 		t.Fatal(err)
 	}
 	for ref, list := range have {
@@ -279,7 +279,7 @@ func TestKernelOtherCommand(t *testing.T) {
 }
 
 func TestKernelMaskOf(t *testing.T) {
-	for mark, want := range map[uint32]uint32{0x2801: 0x3fff, 0x2fff: 0x3fff, 0x2801 << 15: 0x3fff << 15, 0x2fff << 15: 0x3fff << 15} {
+	for mark, want := range map[uint32]uint32{0x2801: 0x3fff, 0x2fff: 0x3fff, 0x2801 << insideHigh: 0x3fff << insideHigh, 0x2fff << insideHigh: 0x3fff << insideHigh} {
 		if got := maskOf(mark); got != want {
 			t.Errorf("%#x: %#x, want %#x", mark, got, want)
 		}

@@ -2,7 +2,6 @@ package xtables
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +27,11 @@ type Scope struct {
 type leftovers struct {
 	jumps []string // rules of built-in chains: the chain and the text
 	gone  []string // chains
+
+	builtin map[string]bool
+	chains  []string // that may go
+	needed  []string // of them, by rules that are not ours
+	leads   map[string][]string
 }
 
 // Remove removes chains and the jumps into them, and says whether there were any.
@@ -35,65 +39,86 @@ type leftovers struct {
 // leads to itself: the kernel would refuse to delete them, and everything else
 // with them.
 func (r *Runner) Remove(ctx context.Context, s Scope) (bool, error) {
+	found, err := r.leftovers(ctx, s)
+	if err != nil {
+		return false, fmt.Errorf("clean up: %w", err)
+	}
 	did := false
 	var errs []error
 	for _, table := range s.Tables {
-		left, err := r.leftovers(ctx, table, s)
-		if err == nil && len(left.jumps)+len(left.gone) > 0 {
-			err = r.Restore(ctx, func(w *bufio.Writer) { left.write(w, table) })
-			did = did || err == nil
+		left := found[table]
+		if left == nil || len(left.jumps)+len(left.gone) == 0 {
+			continue
 		}
-		if err != nil {
+		if err := r.Restore(ctx, func(w *bufio.Writer) { left.write(w, table) }); err != nil {
 			errs = append(errs, fmt.Errorf("clean up table %s: %w", table, err))
+			continue
 		}
+		did = true
 	}
 	return did, errors.Join(errs...)
 }
 
-func (r *Runner) leftovers(ctx context.Context, table string, s Scope) (leftovers, error) {
-	var left leftovers
-	builtin := map[string]bool{}
-	var chains []string
-	var needed []string // by rules that are not ours
-	leads := map[string][]string{}
-	err := r.Save(ctx, table, func(c Chain) {
-		if c.Builtin {
-			builtin[c.Name] = true
-		} else if s.Chain(table, c.Name) {
-			chains = append(chains, c.Name)
-		}
-	}, func(name, text []byte) {
-		from, to := string(name), JumpTarget(string(text))
+func (r *Runner) leftovers(ctx context.Context, s Scope) (map[string]*leftovers, error) {
+	found := map[string]*leftovers{}
+	for _, table := range s.Tables {
+		found[table] = &leftovers{builtin: map[string]bool{}, leads: map[string][]string{}}
+	}
+	err := r.SaveAll(ctx, func(table string, c Chain) {
+		left := found[table]
 		switch {
-		case builtin[from] && s.Jump != nil && s.Jump(to, string(text)):
-			left.jumps = append(left.jumps, from+" "+string(bytes.Clone(text)))
-		case !s.Chain(table, to):
-		case s.Chain(table, from):
-			leads[from] = append(leads[from], to)
-		case builtin[from] && s.Entry(table, to):
-			left.jumps = append(left.jumps, from+" "+string(bytes.Clone(text)))
-		default:
-			needed = append(needed, to)
+		case left == nil:
+		case c.Builtin:
+			left.builtin[c.Name] = true
+		case s.Chain(table, c.Name):
+			left.chains = append(left.chains, c.Name)
+		}
+	}, func(table string, chain, text []byte) {
+		if left := found[table]; left != nil {
+			left.rule(s, table, string(chain), string(text))
 		}
 	})
+	for _, left := range found {
+		left.decide()
+	}
+	return found, err
+}
+
+// rule looks at what a rule leads to.
+func (l *leftovers) rule(s Scope, table, from, text string) {
+	to := JumpTarget(text)
+	switch {
+	case l.builtin[from] && s.Jump != nil && s.Jump(to, text):
+		l.jumps = append(l.jumps, from+" "+text)
+	case !s.Chain(table, to):
+	case s.Chain(table, from):
+		l.leads[from] = append(l.leads[from], to)
+	case l.builtin[from] && s.Entry(table, to):
+		l.jumps = append(l.jumps, from+" "+text)
+	default:
+		l.needed = append(l.needed, to)
+	}
+}
+
+// decide works out which chains can go.
+func (l *leftovers) decide() {
 	stay := map[string]bool{}
-	for len(needed) > 0 {
+	for needed := l.needed; len(needed) > 0; {
 		c := needed[0]
 		needed = needed[1:]
 		if !stay[c] {
 			stay[c] = true
-			needed = append(needed, leads[c]...)
+			needed = append(needed, l.leads[c]...)
 		}
 	}
-	for _, c := range chains {
+	for _, c := range l.chains {
 		if !stay[c] {
-			left.gone = append(left.gone, c)
+			l.gone = append(l.gone, c)
 		}
 	}
-	return left, err
 }
 
-func (l leftovers) write(w *bufio.Writer, table string) {
+func (l *leftovers) write(w *bufio.Writer, table string) {
 	_, _ = w.WriteString("*" + table + "\n")
 	for _, j := range l.jumps {
 		_, _ = w.WriteString("-D " + j + "\n")

@@ -164,9 +164,22 @@ type Chain struct {
 
 // Save streams one table. rule gets each line's chain and the text behind
 // "-A CHAIN "; the strings are valid only during the call. A table that does
-// not exist is empty. The error is a *SaveError if the program ran.
+// not exist is empty.
 func (r *Runner) Save(ctx context.Context, table string, chain func(Chain), rule func(chain, text []byte)) error {
-	cmd := command(ctx, r.Programs.Save, "-t", table)
+	return r.save(ctx, table, func(_ string, c Chain) { chain(c) }, func(_ string, c, text []byte) { rule(c, text) })
+}
+
+// SaveAll is Save for all tables that there are, in one go.
+func (r *Runner) SaveAll(ctx context.Context, chain func(table string, c Chain), rule func(table string, chain, text []byte)) error {
+	return r.save(ctx, "", chain, rule)
+}
+
+func (r *Runner) save(ctx context.Context, table string, chain func(string, Chain), rule func(string, []byte, []byte)) error {
+	var args []string
+	if table != "" {
+		args = []string{"-t", table}
+	}
+	cmd := command(ctx, r.Programs.Save, args...)
 	var errout bytes.Buffer
 	cmd.Stderr = &errout
 	stdout, err := cmd.StdoutPipe()
@@ -181,12 +194,14 @@ func (r *Runner) Save(ctx context.Context, table string, chain func(Chain), rule
 	for scan.Scan() {
 		line := scan.Bytes()
 		switch {
+		case bytes.HasPrefix(line, []byte("*")):
+			table = string(line[1:])
 		case bytes.HasPrefix(line, []byte(":")):
 			name, rest, _ := bytes.Cut(line[1:], []byte(" "))
-			chain(Chain{Name: string(name), Builtin: !bytes.HasPrefix(rest, []byte("-"))})
+			chain(table, Chain{Name: string(name), Builtin: !bytes.HasPrefix(rest, []byte("-"))})
 		case bytes.HasPrefix(line, []byte("-A ")):
 			name, text, _ := bytes.Cut(line[3:], []byte(" "))
-			rule(name, text)
+			rule(table, name, text)
 		}
 	}
 	if err := errors.Join(scan.Err(), cmd.Wait()); err != nil {
