@@ -80,21 +80,7 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 	if sub.ipvs {
 		awaitAddrs(t, node)
 	}
-	problems := make([]error, len(s.Flows))
-	var wg sync.WaitGroup
-	turn := make(chan struct{}, 16) // so many flows at a time
-	for i := range s.Flows {
-		if f := &s.Flows[i]; !f.In(sub.mode) || sockets(f.Protocol) != nil {
-			continue
-		}
-		wg.Go(func() {
-			turn <- struct{}{}
-			problems[i] = dial(t.Context(), lab, s, &s.Flows[i])
-			<-turn
-		})
-	}
-	wg.Wait()
-	for i, err := range problems {
+	for i, err := range dialAll(t.Context(), lab, s, sub.mode) {
 		f := &s.Flows[i]
 		switch {
 		case !f.In(sub.mode):
@@ -107,6 +93,37 @@ func runScenario(t *testing.T, sub *subject, s *scenarios.Scenario) {
 	if t.Failed() && sub.ipvs {
 		t.Log(evidence(node))
 	}
+}
+
+// dialAll dials the flows of a mode, and returns by index what is not as they
+// say. Those to one frontend follow each other: two clients that take turns at
+// its round robin would each meet the same endpoint every time.
+func dialAll(ctx context.Context, lab *netlab.Lab, s *scenarios.Scenario, mode string) []error {
+	type frontend struct {
+		at       netip.AddrPort
+		protocol model.Protocol
+	}
+	flows := map[frontend][]int{}
+	for i := range s.Flows {
+		if f := &s.Flows[i]; f.In(mode) && sockets(f.Protocol) == nil {
+			here := frontend{f.To, f.Protocol}
+			flows[here] = append(flows[here], i)
+		}
+	}
+	problems := make([]error, len(s.Flows))
+	var wg sync.WaitGroup
+	turn := make(chan struct{}, 16) // so many flows at a time
+	for _, list := range flows {
+		wg.Go(func() {
+			turn <- struct{}{}
+			for _, i := range list {
+				problems[i] = dial(ctx, lab, s, &s.Flows[i])
+			}
+			<-turn
+		})
+	}
+	wg.Wait()
+	return problems
 }
 
 // sockets says why a protocol cannot be served and dialled here; nil if it can.
