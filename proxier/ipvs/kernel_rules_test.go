@@ -127,17 +127,6 @@ func staticRules(t *testing.T, v xtables.Variant, f model.Family) {
 	}
 }
 
-// clearAll removes rules, sets and the device.
-func clearAll(t *testing.T, k *nlKernel) {
-	t.Helper()
-	if _, err := k.unrule(context.Background(), all); err != nil {
-		t.Fatal(err)
-	}
-	if err := k.clear(context.Background()); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // TestKernelLearnsForms: what is printed in another form is learnt right after it
 // was written, and only then.
 func TestKernelLearnsForms(t *testing.T) {

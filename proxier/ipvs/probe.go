@@ -6,9 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/proxier/internal/ipset"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
@@ -61,13 +60,13 @@ func (q question) lacking(err error) bool {
 	case askPrograms, askRule:
 		return xtables.Lacking(err)
 	case askSockets:
-		return errors.Is(err, unix.EPROTONOSUPPORT)
+		return errors.Is(err, syscall.EPROTONOSUPPORT)
 	case askFamily, askScheduler:
-		return errors.Is(err, unix.ENOENT)
+		return errors.Is(err, syscall.ENOENT)
 	case askServer:
-		return errors.Is(err, unix.EAFNOSUPPORT)
+		return errors.Is(err, syscall.EAFNOSUPPORT)
 	case askDevice:
-		return errors.Is(err, unix.EOPNOTSUPP)
+		return errors.Is(err, syscall.EOPNOTSUPP)
 	case askSet:
 		return errors.Is(err, ipset.ErrUnsupported) || errors.Is(err, ipset.ErrNoType)
 	}
