@@ -7,5 +7,8 @@ cd "$(dirname "$0")/.."
 go build -o bin/demo ./hack/demo
 mode=${1:-iptables}
 # On a kernel without IPVS that mode is shown in User-Mode Linux, which is slow.
-[ "$mode" = ipvs ] && set -- --limit 3m || set --
+set --
+if [ "$mode" = ipvs ]; then
+	set -- --limit 3m
+fi
 exec bin/demo --agent bin/sluice --manifests examples --mode "$mode" "$@"
