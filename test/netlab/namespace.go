@@ -46,6 +46,7 @@ func Supported() error {
 type Namespace struct {
 	Name string
 
+	nsMu sync.RWMutex // a dial that nobody waits for may still enter when all ends
 	ns   netns.NsHandle
 	link *netlink.Handle
 
@@ -108,7 +109,10 @@ func onThread(f func() error) error {
 // netlink handles, processes) stays there; goroutines that f starts are not.
 func (n *Namespace) Do(f func() error) error {
 	return onThread(func() error {
-		if err := netns.Set(n.ns); err != nil {
+		n.nsMu.RLock()
+		err := netns.Set(n.ns)
+		n.nsMu.RUnlock()
+		if err != nil {
 			return fmt.Errorf("enter namespace %s: %w", n.Name, err)
 		}
 		return f()
@@ -220,6 +224,8 @@ func (n *Namespace) close() {
 		n.link.Close()
 		n.link = nil
 	}
+	n.nsMu.Lock()
+	defer n.nsMu.Unlock()
 	if n.ns.IsOpen() {
 		n.ns.Close()
 	}
