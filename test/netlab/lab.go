@@ -496,7 +496,25 @@ func (n *Namespace) addAddr(iface string, a netip.Addr) error {
 	if err != nil {
 		return fmt.Errorf("add address %s to %s of %s: %w", a, iface, n.Name, err)
 	}
-	return nil
+	if link.Attrs().Flags&net.FlagUp == 0 || a.Is4() {
+		return nil
+	}
+	return n.awaitLocal(a)
+}
+
+// awaitLocal waits until packets to an own IPv6 address come in: the kernel makes
+// its route some time after the address (addrconf_dad_work), also where there is
+// nothing to detect.
+func (n *Namespace) awaitLocal(a netip.Addr) error {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		routes, err := n.link.RouteGet(a.AsSlice())
+		if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("address %s of %s has no route: %v, %w", a, n.Name, routes, err)
+		}
+	}
 }
 
 func (n *Namespace) addNeighbour(iface string, a netip.Addr, mac net.HardwareAddr) error {
