@@ -20,9 +20,6 @@ import (
 	"github.com/sluice-proxy/sluice/proxier/nftables"
 )
 
-// defaultScheduler is kube-proxy's.
-const defaultScheduler = "rr"
-
 // ipvsMode forwards by IPVS virtual servers.
 type ipvsMode struct {
 	a         *agent
@@ -68,7 +65,7 @@ type ipvsProxier interface {
 func newIPVSMode(ctx context.Context, a *agent, cfg *config.Config) (*ipvsMode, error) {
 	m := &ipvsMode{a: a, cfg: cfg, hosts: map[model.Family]ipvs.Host{}, lacking: map[model.Family]*ipvs.Unavailable{}, scheduler: cfg.IPVS.Scheduler}
 	if m.scheduler == "" {
-		m.scheduler = defaultScheduler
+		m.scheduler = ipvs.DefaultScheduler
 	}
 	var first error
 	for _, f := range a.families() {

@@ -25,9 +25,10 @@ const (
 
 // Check ends what is drained, and looks for changes made by others: at the sizes
 // of the sets, at the tables' token, and at a part of the virtual servers each
-// time. It also tries again what the kernel refused, when that is due. If something is not as it was left, everything is read and repaired.
-// With force it is in any case. It says whether it looked at everything. It does
-// nothing before the first Sync.
+// time. It also tries again what the kernel refused, when that is due. If
+// something is not as it was left, everything is read and repaired. With force it
+// is in any case. It says whether it looked at everything. It does nothing before
+// the first Sync.
 func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	if x.applied == nil {
 		return false, nil
@@ -47,7 +48,7 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 			return false, err
 		}
 	}
-	return true, x.syncAll(ctx, x.applied, nil)
+	return true, x.syncAll(ctx, x.applied)
 }
 
 func (x *Proxier) looksRight(ctx context.Context) (bool, error) {

@@ -68,8 +68,7 @@ func (a *actual) kubeProxyNodePort(k serverKey) bool {
 // but what is wanted.
 func (a *actual) alike(live *liveServer, s *server) bool {
 	for at, d := range live.destinations {
-		wanted := slices.ContainsFunc(s.destinations, func(w destination) bool { return w.at == at })
-		if d.foreign || d.weight > 0 && !wanted {
+		if d.foreign || d.weight > 0 && !s.wants(at) {
 			return false
 		}
 	}

@@ -14,17 +14,28 @@ import (
 // of a large cluster's ops would need at once is more than the rest of the agent.
 const chunk = 500
 
-// syncAll reads the kernel's state and writes what differs from want. With only,
-// it adds what the plans need for which only is true, and removes nothing.
-func (x *Proxier) syncAll(ctx context.Context, want *plan.Set, only func(*plan.Plan) bool) error {
+// syncAll reads the kernel's state and writes what differs from want.
+func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
+	have, before, err := x.read(ctx)
+	if err != nil {
+		return err
+	}
+	return x.syncFrom(ctx, have, before, want, nil)
+}
+
+// read reads the kernel's state, and the token from before.
+func (x *Proxier) read(ctx context.Context) (*actual, token, error) {
 	before, err := x.kernel.token(ctx)
 	if err != nil {
-		return err
+		return nil, before, err
 	}
 	have, err := x.kernel.read(ctx)
-	if err != nil {
-		return err
-	}
+	return have, before, err
+}
+
+// syncFrom writes what differs from want of what was read. With only, it adds what
+// the plans need for which only is true, and removes nothing.
+func (x *Proxier) syncFrom(ctx context.Context, have *actual, before token, want *plan.Set, only func(*plan.Plan) bool) error {
 	rules := base(&x.o, want.Facts)
 	first := rules
 	if have.othersServe {
@@ -81,9 +92,7 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set, only func(*plan.P
 }
 
 // start fills the ledger anew from a Set, and returns its plans, important ones
-// first.
-//
-// It also finds the virtual servers that others have.
+// first. It also finds the virtual servers that others have.
 func (x *Proxier) start(want *plan.Set, have *actual, only func(*plan.Plan) bool) []*plan.Plan {
 	var mine map[serverKey][]*plan.Plan
 	if x.applied != nil {
@@ -106,11 +115,10 @@ func (x *Proxier) start(want *plan.Set, have *actual, only func(*plan.Plan) bool
 			plans = append(plans, p)
 		}
 	}
-	slices.SortStableFunc(plans, func(a, b *plan.Plan) int { return a.PortKey.Compare(b.PortKey) })
-	slices.SortStableFunc(plans, func(a, b *plan.Plan) int {
+	slices.SortFunc(plans, func(a, b *plan.Plan) int {
 		switch {
 		case a.Important == b.Important:
-			return 0
+			return a.PortKey.Compare(b.PortKey)
 		case a.Important:
 			return -1
 		}
@@ -132,8 +140,7 @@ func (x *Proxier) start(want *plan.Set, have *actual, only func(*plan.Plan) bool
 	return plans
 }
 
-// adoptMarks keeps the marks that an earlier process gave away, and those that
-// others use from being given away.
+// adoptMarks keeps the marks that an earlier process gave away.
 func (x *Proxier) adoptMarks(c compiler, plans []*plan.Plan, have *actual) {
 	marks := map[entry]uint32{}
 	shift := insideShift(x.o.MasqueradeBit)
@@ -205,12 +212,11 @@ func (x *Proxier) amend(o *opList, s *server, live *liveServer, p *plan.Plan) {
 	}
 	old := &server{serverKey: s.serverKey, settings: live.settings}
 	for at, d := range live.destinations {
-		wanted := slices.ContainsFunc(s.destinations, func(w destination) bool { return w.at == at })
 		switch {
 		case d.foreign:
 			// It is not reached by NAT, and what is wanted in its place has the same key.
 			o.add(op{kind: delDest, key: s.serverKey, dest: destination{at: at}})
-		case !wanted && d.weight == 0:
+		case !s.wants(at) && d.weight == 0:
 			x.stillLeaving(o, s, at, d, p)
 		default:
 			old.destinations = append(old.destinations, destination{at, d.weight})

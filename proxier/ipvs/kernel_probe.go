@@ -59,19 +59,6 @@ func probeOnce(ctx context.Context, family model.Family, variant string) (Host, 
 	return h, nil
 }
 
-// Schedulers gives the schedulers that the kernel offers, sorted.
-func Schedulers(ctx context.Context, family model.Family) ([]string, error) {
-	k, err := newKernel(family, xtables.Programs{Family: family}, xtables.Stats{})
-	if err != nil {
-		return nil, err
-	}
-	defer k.close()
-	var h Host
-	p := probe{nlKernel: k, host: &h}
-	err = p.ipvs(ctx)
-	return h.Schedulers, err
-}
-
 type probe struct {
 	*nlKernel
 	host *Host

@@ -70,7 +70,7 @@ func TestGuestProbe1LoadsWithoutModprobe(t *testing.T) {
 	}
 	path := os.Getenv("PATH")
 	t.Setenv("PATH", t.TempDir())
-	got, err := Schedulers(context.Background(), model.IPv4)
+	got, err := schedulersOf(context.Background(), model.IPv4)
 	t.Setenv("PATH", path)
 	if err != nil {
 		t.Fatal(err)
@@ -225,4 +225,17 @@ func TestCheckScheduler(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// schedulersOf asks for the schedulers alone.
+func schedulersOf(ctx context.Context, family model.Family) ([]string, error) {
+	k, err := newKernel(family, xtables.Programs{Family: family}, xtables.Stats{})
+	if err != nil {
+		return nil, err
+	}
+	defer k.close()
+	var h Host
+	p := probe{nlKernel: k, host: &h}
+	err = p.ipvs(ctx)
+	return h.Schedulers, err
 }

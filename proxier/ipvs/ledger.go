@@ -14,7 +14,7 @@ type ledger struct {
 	needs    map[shared]int             // how many plans need an address or an element
 	elements [setCount]uint32           // elements that each set should have
 	marks    map[model.PortKey]uint32   // marks without the shift
-	taken    map[uint32]bool            // marks given away, or in use by others
+	taken    map[uint32]bool            // marks given away
 }
 
 // shared is an address on kube-ipvs0 (set is setCount) or an element of a set.

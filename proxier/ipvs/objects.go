@@ -3,6 +3,7 @@ package ipvs
 import (
 	"context"
 	"net/netip"
+	"slices"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
@@ -45,6 +46,11 @@ type server struct {
 	serverKey
 	settings
 	destinations []destination
+}
+
+// wants says whether a destination is one of the server's.
+func (s *server) wants(at netip.AddrPort) bool {
+	return slices.ContainsFunc(s.destinations, func(d destination) bool { return d.at == at })
 }
 
 // entry is an element of an ipset. Which fields are used depends on the set's

@@ -28,11 +28,11 @@ type Options struct {
 	// skbinfo, xtables SET --map-mark; Linux >= 3.18). Without it node and pods
 	// get only this node's endpoints of a Service with externalTrafficPolicy Local.
 	Inside bool
-	// Exclude are addresses of virtual servers that are never deleted, whoever
-	// wrote them (ipvs.excludeCIDRs).
+	// Exclude are addresses of virtual servers that are never taken for ones that
+	// kube-proxy wrote for a NodePort (ipvs.excludeCIDRs).
 	Exclude []netip.Prefix
 	// Drain gives how long a removed endpoint may keep its connections, once it
-	// is not even terminating any more. 0: until they end.
+	// does not exist any more. 0: until they end.
 	Drain func() time.Duration
 
 	Report proxier.Reporter // may be nil
@@ -137,7 +137,7 @@ func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
 		// Part of the change may be in force: start over from what is there.
 		x.Forget()
 	}
-	return x.syncAll(ctx, want, nil)
+	return x.syncAll(ctx, want)
 }
 
 // takeBack reports refusals that do not hold any more.
@@ -316,11 +316,11 @@ func (x *Proxier) Prime(ctx context.Context, want *plan.Set) (bool, error) {
 	if want.Len() == 0 {
 		return false, nil
 	}
-	have, err := x.kernel.read(ctx)
+	have, before, err := x.read(ctx)
 	if err != nil || have.othersServe || x.anyOurs(have) {
 		return false, err
 	}
-	err = x.syncAll(ctx, want, func(p *plan.Plan) bool { return p.Important })
+	err = x.syncFrom(ctx, have, before, want, func(p *plan.Plan) bool { return p.Important })
 	x.Forget()
 	return err == nil, err
 }
