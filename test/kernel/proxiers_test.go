@@ -8,6 +8,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/proxier"
 	"github.com/sluice-proxy/sluice/proxier/iptables"
+	"github.com/sluice-proxy/sluice/proxier/nftables"
 	"github.com/sluice-proxy/sluice/test/netlab"
 	"github.com/sluice-proxy/sluice/test/scenarios"
 )
@@ -30,6 +31,7 @@ type subject struct {
 var subjects = []subject{
 	{name: "iptables-nft", mode: "iptables", new: newIPTables("nft"), prepare: prepareIPTables("nft")},
 	{name: "iptables-legacy", mode: "iptables", new: newIPTables("legacy"), prepare: prepareIPTables("legacy")},
+	{name: "nftables", mode: "nftables", new: newNFTables, prepare: prepareNFTables},
 	{name: "ipvs", mode: "ipvs", ipvs: true, new: newIPVS, prepare: prepareIPVS},
 }
 
@@ -48,6 +50,16 @@ func newIPTables(variant string) func(*scenarios.Scenario, model.Family) (proxie
 		}
 		return iptables.New(o), nil
 	}
+}
+
+func newNFTables(s *scenarios.Scenario, f model.Family) (proxier.Proxier, error) {
+	return nftables.New(nftables.Options{Family: f, MasqueradeBit: 14, Detector: proxier.Detector(s.Detector(f))})
+}
+
+// prepareNFTables lets packets from 127.0.0.1 be translated, for node ports on
+// loopback.
+func prepareNFTables(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace) {
+	allowLoopback(t, s, node)
 }
 
 func programs(variant string, f model.Family) (iptables.Programs, error) {
@@ -73,11 +85,7 @@ func programs(variant string, f model.Family) (iptables.Programs, error) {
 // loopback.
 func prepareIPTables(variant string) func(*testing.T, *scenarios.Scenario, *netlab.Namespace) {
 	return func(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace) {
-		if s.LocalhostNodePorts() {
-			if err := node.Sysctl("net.ipv4.conf.all.route_localnet", "1"); err != nil {
-				t.Fatal(err)
-			}
-		}
+		allowLoopback(t, s, node)
 		for _, program := range []string{"iptables-" + variant, "ip6tables-" + variant} {
 			if _, err := exec.LookPath(program); err != nil || s.Settings.ForwardPolicy == "" {
 				continue // the proxier says so
@@ -85,6 +93,14 @@ func prepareIPTables(variant string) func(*testing.T, *scenarios.Scenario, *netl
 			if _, err := node.Run(t.Context(), program, "-w", "-P", "FORWARD", s.Settings.ForwardPolicy); err != nil {
 				t.Fatal(err)
 			}
+		}
+	}
+}
+
+func allowLoopback(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace) {
+	if s.LocalhostNodePorts() {
+		if err := node.Sysctl("net.ipv4.conf.all.route_localnet", "1"); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

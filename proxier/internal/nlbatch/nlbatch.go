@@ -173,15 +173,22 @@ func (c *Conn) send(refuse func(seq uint32, err error), first uint32, count int)
 // Query sends one request that is answered by messages and an acknowledgement,
 // and gives each message's payload to got, which must not keep it.
 func (c *Conn) Query(ctx context.Context, write func(e *Encoder), got func(payload []byte) error) error {
-	return c.ask(ctx, unix.NLM_F_ACK, write, got)
+	return c.ask(ctx, unix.NLM_F_ACK, false, write, got)
 }
 
 // Dump is Query for lists. After ErrInterrupted the caller may start again.
 func (c *Conn) Dump(ctx context.Context, write func(e *Encoder), got func(payload []byte) error) error {
-	return c.ask(ctx, unix.NLM_F_DUMP, write, got)
+	return c.ask(ctx, unix.NLM_F_DUMP, false, write, got)
 }
 
-func (c *Conn) ask(ctx context.Context, flags uint16, write func(e *Encoder), got func(payload []byte) error) error {
+// DumpThrough is Dump for lists of which others change something all the time, but
+// not what matters to the caller: it goes on to the end. What it lists may then have
+// gaps, and some of it twice.
+func (c *Conn) DumpThrough(ctx context.Context, write func(e *Encoder), got func(payload []byte) error) error {
+	return c.ask(ctx, unix.NLM_F_DUMP, true, write, got)
+}
+
+func (c *Conn) ask(ctx context.Context, flags uint16, through bool, write func(e *Encoder), got func(payload []byte) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -207,7 +214,7 @@ func (c *Conn) ask(ctx context.Context, flags uint16, write func(e *Encoder), go
 			if h.seq != c.seq {
 				continue
 			}
-			if h.flags&unix.NLM_F_DUMP_INTR != 0 && failed == nil {
+			if h.flags&unix.NLM_F_DUMP_INTR != 0 && failed == nil && !through {
 				failed = ErrInterrupted
 			}
 			switch h.typ {

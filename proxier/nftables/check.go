@@ -1,0 +1,89 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+)
+
+const (
+	// checkShare bounds what it costs that somebody changes our table all the time:
+	// one part in checkShare of the time.
+	checkShare = 10
+	// sweepAfter is how long a chain that nobody needs is kept. Numbers of endpoints
+	// come and go; and before Linux 6.2 a chain counted as needed for a moment after
+	// the last verdict that led to it.
+	sweepAfter = 10 * time.Second
+)
+
+// Check looks whether the kernel has told of changes by others, and repairs them;
+// with force it looks at everything in any case. It also deletes chains that are not
+// needed any more, and tries again what the kernel refused, when that is due. It
+// says whether it looked at everything. It does nothing before the first Sync.
+func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
+	if x.applied == nil {
+		return false, nil
+	}
+	if x.anyDue() {
+		if err := x.syncChanges(ctx, x.applied); err != nil {
+			return false, err
+		}
+		x.takeBack()
+	}
+	if err := x.sweep(ctx); err != nil {
+		return false, err
+	}
+	early := x.now().Sub(x.verified) < checkShare*x.verifyCost
+	if !force && (early || !x.kernel.disturbed()) {
+		return false, nil
+	}
+	return true, x.syncAll(ctx, x.applied)
+}
+
+// anyDue says whether a plan that was set aside is due for another try.
+func (x *Proxier) anyDue() bool {
+	for _, a := range x.aside {
+		if x.now().Sub(a.since) >= a.wait {
+			return true
+		}
+	}
+	return false
+}
+
+// sweep deletes chains that nobody has needed for some time. A kernel that says that
+// one is needed is asked again later.
+func (x *Proxier) sweep(ctx context.Context) error {
+	var names []chainName
+	for name, since := range x.ledger.idle {
+		if x.now().Sub(since) >= sweepAfter {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	slices.Sort(names)
+	var list []message
+	for _, what := range []verb{flushChain, deleteChain} {
+		for _, name := range names {
+			list = append(list, message{what: what, name: string(name)})
+		}
+	}
+	err := x.kernel.commit(ctx, list)
+	var back *rolledBack
+	switch {
+	case err == nil:
+		for _, name := range names {
+			delete(x.ledger.idle, name)
+		}
+	case errors.As(err, &back) && ctx.Err() == nil:
+		x.o.Refused(true)
+		for _, name := range names {
+			x.ledger.idle[name] = x.now()
+		}
+	default:
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,54 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+)
+
+// Cleanup removes the family's table of this proxier, and of kube-proxy's nftables
+// mode. All that either ever wrote is in there.
+func (x *Proxier) Cleanup(context.Context) error {
+	x.Forget()
+	x.ledger = newLedger()
+	return CleanupHost(x.o.Family)
+}
+
+// CleanupHost removes what Cleanup removes.
+func CleanupHost(f model.Family) error {
+	_, err := RemoveObjects(f)
+	_, peer := RemoveKubeProxy(f)
+	return errors.Join(err, peer)
+}
+
+// RemoveObjects removes our table, for a change to another mode. It says whether
+// there was one.
+func RemoveObjects(f model.Family) (bool, error) { return removeTable(f, table) }
+
+// RemoveKubeProxy deletes kube-proxy's table of a family, as kube-proxy itself
+// does when it starts in another mode. It says whether there was one. A kernel
+// without nf_tables has none.
+func RemoveKubeProxy(f model.Family) (bool, error) { return removeTable(f, kubeProxyTable) }
+
+func removeTable(f model.Family, name string) (bool, error) {
+	k, err := openKernel(f, name)
+	if err != nil {
+		return false, fmt.Errorf("open nf_tables: %w", err)
+	}
+	defer k.conn.Close()
+	there, err := k.there(context.Background())
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return false, nil // no nf_tables in this kernel
+	}
+	if err != nil || !there {
+		return false, err
+	}
+	if err := k.commit(context.Background(), []message{{what: deleteTable}}); err != nil {
+		return false, fmt.Errorf("delete table %s %s: %w", word(f), name, err)
+	}
+	return true, nil
+}

@@ -1,0 +1,384 @@
+package nftables
+
+import (
+	"context"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"slices"
+
+	"github.com/sluice-proxy/sluice/pkg/plan"
+)
+
+// syncAll reads the table and writes what differs from want, the important Services
+// first.
+func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
+	x.readmit(want)
+	f, err := x.compareAll(ctx, want, x.keep)
+	if err != nil {
+		return err
+	}
+	if err := x.writeAll(ctx, f); err != nil {
+		return err
+	}
+	x.settleAside(want)
+	if x.written {
+		f.report(x)
+	}
+	x.applied, x.written = want, true
+	return x.forgetClients(ctx, f.clients)
+}
+
+// Prime programs the important Services of a Set, if there is no table of ours at
+// all, and says whether it did. The next Sync reads what is there.
+func (x *Proxier) Prime(ctx context.Context, want *plan.Set) (bool, error) {
+	if there, err := x.kernel.there(ctx); err != nil || there || want.Len() == 0 {
+		return false, err
+	}
+	f, err := x.compareAll(ctx, want, func(p *plan.Plan) bool { return p.Important })
+	if err == nil {
+		f.partial = true
+		err = x.writeAll(ctx, f)
+	}
+	x.Forget()
+	return err == nil, err
+}
+
+// full is a comparison of everything that is there with everything that is wanted.
+type full struct {
+	x    *Proxier
+	want *plan.Set
+	keep func(*plan.Plan) bool
+	have *actual
+
+	seed   maphash.Seed
+	wanted []uint64 // hashes of elements, sorted: keeping the elements takes ten times as much
+	seen   []bool   // which of them are there
+	stale  map[key]element
+	chains []chainSpec
+	ledger ledger
+	// clients are the frontends with affinity, and who may be behind them.
+	clients stale
+
+	partial bool // not all Services are among the wanted
+	rebuilt bool
+	// repaired is how many elements and chains were not as they should be.
+	missing, odd int
+}
+
+// compareAll reads what is there and holds it against what is wanted.
+func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*plan.Plan) bool) (*full, error) {
+	start := x.now()
+	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, ledger: newLedger(), clients: stale{}}
+	f.collect()
+	x.kernel.disturbed() // what happened before now is seen now
+	var err error
+	f.have, err = x.kernel.read(ctx, func(e element) error {
+		if i, ok := slices.BinarySearch(f.wanted, f.hash(e)); ok {
+			f.seen[i] = true
+		} else {
+			f.stale[e.key] = e
+		}
+		return nil
+	})
+	x.verified = x.now()
+	x.verifyCost = x.verified.Sub(start)
+	return f, err
+}
+
+func (f *full) hash(e element) uint64 { return maphash.Comparable(f.seed, e) }
+
+// plans yields the plans that are wanted, the important ones first.
+func (f *full) plans(yield func(*plan.Plan) bool) {
+	for _, important := range []bool{true, false} {
+		for p := range f.want.All {
+			if p.Important == important && f.keep(p) && !yield(p) {
+				return
+			}
+		}
+	}
+}
+
+// collect compiles everything once, for hashes, and for what plans share.
+func (f *full) collect() {
+	f.wanted = make([]uint64, 0, 2*f.want.Len()+f.want.Endpoints)
+	for p := range f.plans {
+		rs := f.x.c.compile(p)
+		for _, e := range rs.elements {
+			f.wanted = append(f.wanted, f.hash(e))
+		}
+		for _, e := range rs.shared {
+			if f.ledger.shared[e.key] == 0 {
+				f.wanted = append(f.wanted, f.hash(e))
+			}
+		}
+		for _, s := range rs.chains {
+			if f.ledger.chains[s] == 0 {
+				f.chains = append(f.chains, s)
+			}
+		}
+		f.ledger.hold(&rs)
+		if p.Affinity > 0 {
+			f.sticky(&rs)
+		}
+	}
+	for _, e := range f.base(true).elements {
+		f.wanted = append(f.wanted, f.hash(e))
+	}
+	slices.Sort(f.wanted)
+	f.wanted = slices.Compact(f.wanted)
+	f.seen = make([]bool, len(f.wanted))
+}
+
+func (f *full) base(complete bool) static { return f.x.c.base(&f.x.o, f.want.Facts, complete) }
+
+func (f *full) sticky(rs *ruleset) {
+	for _, e := range rs.elements {
+		if _, ok := endpointSets[e.set]; ok {
+			f.clients[placeOf(e)] = nil
+		}
+	}
+	f.clients.allow(rs)
+}
+
+// lacks says whether an element is missing.
+func (f *full) lacks(e element) bool {
+	i, _ := slices.BinarySearch(f.wanted, f.hash(e))
+	return !f.seen[i]
+}
+
+// writeAll writes what differs. Nothing that serves is taken away before what takes
+// its place is there.
+func (x *Proxier) writeAll(ctx context.Context, f *full) error {
+	if err := f.structure(ctx); err != nil {
+		return fmt.Errorf("write the table's chains and maps: %w", err)
+	}
+	rest := f.chainsToDelete()
+	x.ledger = f.ledger
+	refused, err := x.run(ctx, f.groups, believedWrong)
+	if err != nil {
+		return err
+	}
+	if err := f.removeRefused(ctx, refused); err != nil {
+		return err
+	}
+	if err := x.remove(ctx, f.leftovers); err != nil {
+		return err
+	}
+	for _, name := range rest {
+		x.ledger.idle[name] = x.now()
+	}
+	if f.partial {
+		return nil
+	}
+	return x.commit(ctx, f.completion())
+}
+
+// structure writes the table itself, its sets, and chains. Where the maps are others
+// than this version's, all is made anew.
+func (f *full) structure(ctx context.Context) error {
+	var list []message
+	f.rebuilt = len(f.have.extra) > 0
+	for _, right := range f.have.sets {
+		f.rebuilt = f.rebuilt || !right
+	}
+	if f.rebuilt && f.have.table {
+		list = append(list, message{what: deleteTable})
+		f.have = &actual{}
+		f.stale = map[key]element{}
+		clear(f.seen)
+	}
+	if !f.have.table {
+		list = append(list, message{what: putTable})
+	}
+	for set := range setCount {
+		if _, there := f.have.sets[set]; !there {
+			list = append(list, message{what: putSet, set: set})
+		}
+	}
+	for _, s := range f.chains {
+		list = f.write(list, f.x.c.chain(s))
+	}
+	complete := f.base(true).chains
+	for i, ch := range f.base(false).chains {
+		// The complete one needs no replacement if it is there already; until then
+		// the other one serves.
+		if f.have.chains[ch.name] != complete[i].digestOf(f.x.o.Family) {
+			list = f.write(list, ch)
+		}
+	}
+	return f.commitInOrder(ctx, list)
+}
+
+// write appends a chain if it is not as it should be.
+func (f *full) write(list []message, ch chain) []message {
+	if h, there := f.have.chains[ch.name]; there && h == ch.digestOf(f.x.o.Family) {
+		return list
+	}
+	f.odd++
+	return append(list, message{what: writeChain, chain: ch})
+}
+
+// commitInOrder commits messages in as many transactions as they need. The base
+// chains are the last, so that nothing is entered before it is there; a chain that a
+// rule or verdict leads to stands before it.
+func (f *full) commitInOrder(ctx context.Context, list []message) error {
+	slices.SortStableFunc(list, func(a, b message) int { return order(a) - order(b) })
+	for len(list) > 0 {
+		n, size := 0, 0
+		for n < len(list) && (n == 0 || size+f.x.kernel.size(list[n]) <= f.x.kernel.room()) {
+			size += f.x.kernel.size(list[n])
+			n++
+		}
+		if err := f.x.commit(ctx, list[:n]); err != nil {
+			return err
+		}
+		list = list[n:]
+	}
+	return nil
+}
+
+func order(m message) int {
+	switch {
+	case m.what == writeChain && m.chain.name == chainReject:
+		return 1
+	case m.what == writeChain && m.chain.hook != nil:
+		return 3
+	case m.what == writeChain:
+		return 2
+	}
+	return 0
+}
+
+// completion gives the chains that wait until every Service is there.
+func (f *full) completion() []message {
+	if f.have.chains[chainServices] == digestIn(f.base(true).chains, chainServices, f) {
+		return nil
+	}
+	return differ(f.base(false), f.base(true))
+}
+
+func digestIn(list []chain, name chainName, f *full) uint64 {
+	for _, ch := range list {
+		if ch.name == name {
+			return ch.digestOf(f.x.o.Family)
+		}
+	}
+	return 0
+}
+
+// groups yields what each plan lacks.
+func (f *full) groups(yield func(*group) bool) {
+	static := &group{}
+	f.fill(static, f.base(true).elements)
+	if !yield(static) {
+		return
+	}
+	for p := range f.plans {
+		rs := f.x.c.compile(p)
+		g := &group{new: p}
+		f.fill(g, rs.elements)
+		for _, e := range rs.shared {
+			// Each plan puts it, whoever else does: that one could be refused.
+			if f.lacks(e) {
+				g.put = append(g.put, e)
+				f.missing++
+			}
+		}
+		if len(g.put) > 0 && !yield(g) {
+			return
+		}
+	}
+}
+
+func (f *full) fill(g *group, list []element) {
+	for _, e := range list {
+		if !f.lacks(e) {
+			continue
+		}
+		f.missing++
+		if old, ok := f.stale[e.key]; ok {
+			g.del = append(g.del, old)
+			delete(f.stale, e.key)
+		}
+		g.put = append(g.put, e)
+	}
+}
+
+// removeRefused sets refused plans aside, and takes away what they have in the kernel
+// from before and what the ledger holds for them.
+func (f *full) removeRefused(ctx context.Context, refused []*group) error {
+	var back []*group
+	for _, g := range refused {
+		f.x.setAside(g.new, g.refused)
+		rs := f.x.c.compile(g.new)
+		lost := map[key]bool{}
+		for _, e := range g.put {
+			lost[e.key] = true
+		}
+		b := &group{del: g.del}
+		for _, e := range rs.elements {
+			if !lost[e.key] {
+				b.del = append(b.del, e)
+			}
+		}
+		for _, e := range f.x.ledger.release(&rs, f.x.now()) {
+			if !lost[e.key] {
+				b.del = append(b.del, e)
+			}
+		}
+		back = append(back, b)
+	}
+	return f.x.remove(ctx, slices.Values(back))
+}
+
+// leftovers yields what is there and nobody wants: verdicts first, so that nothing
+// leads to endpoints that go.
+func (f *full) leftovers(yield func(*group) bool) {
+	keys := slices.SortedFunc(maps.Keys(f.stale), key.compare)
+	for len(keys) > 0 {
+		n := min(len(keys), elementsMost)
+		g := &group{}
+		for _, k := range keys[:n] {
+			g.del = append(g.del, f.stale[k])
+		}
+		if !yield(g) {
+			return
+		}
+		keys = keys[n:]
+	}
+}
+
+// chainsToDelete are chains that are there and nobody wants.
+func (f *full) chainsToDelete() []chainName {
+	wanted := map[chainName]bool{}
+	for _, s := range f.chains {
+		wanted[s.name()] = true
+	}
+	for _, ch := range f.base(true).chains {
+		wanted[ch.name] = true
+	}
+	var out []chainName
+	for name := range f.have.chains {
+		if !wanted[name] {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// report tells of what somebody else had changed.
+func (f *full) report(x *Proxier) {
+	report := func(object string, n int) {
+		if n > 0 {
+			x.o.Report.DriftRepaired(object, n)
+		}
+	}
+	switch {
+	case !f.have.table:
+		report("table", 1)
+	default:
+		report("element", f.missing+len(f.stale))
+		report("chain", f.odd)
+	}
+}

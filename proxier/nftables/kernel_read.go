@@ -1,0 +1,296 @@
+package nftables
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/proxier/internal/nlbatch"
+)
+
+// readTries is how often a list is begun again that was changed meanwhile.
+const readTries = 5
+
+// dump lists objects of a kind in our table. body is without the header of nfnetlink.
+func (k *nfKernel) dump(ctx context.Context, typ uint16, got func(body []byte) error) error {
+	return k.conn.Dump(ctx, func(e *nlbatch.Encoder) { k.begin(e, typ, 0) }, func(b []byte) error {
+		if len(b) < 4 {
+			return errors.New("a message without header")
+		}
+		return got(b[4:])
+	})
+}
+
+// read implements kernel. It starts over while others write.
+func (k *nfKernel) read(ctx context.Context, got func(element) error) (*actual, error) {
+	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}}
+	if there, err := k.there(ctx); err != nil || !there {
+		return a, err
+	}
+	a.table = true
+	var err error
+	for range readTries {
+		a.sets, a.extra, a.chains = map[setID]bool{}, nil, map[chainName]uint64{}
+		if err = k.readStructure(ctx, a); !errors.Is(err, nlbatch.ErrInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list table %s: %w", k.table, err)
+	}
+	for set := range setCount {
+		if !a.sets[set] || setSpecs[set].dynamic {
+			continue
+		}
+		if err := k.readSet(ctx, set, a, got); err != nil {
+			return nil, fmt.Errorf("list %s: %w", set, err)
+		}
+	}
+	return a, nil
+}
+
+// there implements kernel.
+func (k *nfKernel) there(ctx context.Context) (bool, error) {
+	err := k.conn.Query(ctx, func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_GETTABLE, 0) }, func([]byte) error { return nil })
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("look for table %s: %w", k.table, err)
+	}
+	return true, nil
+}
+
+func (k *nfKernel) readStructure(ctx context.Context, a *actual) error {
+	if err := k.dump(ctx, unix.NFT_MSG_GETSET, func(b []byte) error { k.readSpec(b, a); return nil }); err != nil {
+		return err
+	}
+	digests := map[chainName]*digest{}
+	if err := k.dump(ctx, unix.NFT_MSG_GETCHAIN, func(b []byte) error {
+		if name, d, ours := k.readChain(b); ours {
+			digests[name] = d
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	err := k.dump(ctx, unix.NFT_MSG_GETRULE, func(b []byte) error {
+		name := chainName(nlbatch.Text(first(b, unix.NFTA_RULE_CHAIN)))
+		if d := digests[name]; d != nil && nlbatch.Text(first(b, attrTable)) == k.table {
+			d.add(first(b, unix.NFTA_RULE_USERDATA))
+		}
+		return nil
+	})
+	for name, d := range digests {
+		a.chains[name] = d.h
+	}
+	return err
+}
+
+func (k *nfKernel) readChain(b []byte) (chainName, *digest, bool) {
+	var table, name, typ string
+	var number, policy uint32
+	var priority int32
+	for t, v := range nlbatch.Attributes(b) {
+		switch t {
+		case attrTable:
+			table = nlbatch.Text(v)
+		case unix.NFTA_CHAIN_NAME:
+			name = nlbatch.Text(v)
+		case unix.NFTA_CHAIN_TYPE:
+			typ = nlbatch.Text(v)
+		case unix.NFTA_CHAIN_POLICY:
+			policy = binary.BigEndian.Uint32(v)
+		case unix.NFTA_CHAIN_HOOK:
+			for t, v := range nlbatch.Attributes(v) {
+				switch t {
+				case unix.NFTA_HOOK_HOOKNUM:
+					number = binary.BigEndian.Uint32(v)
+				case unix.NFTA_HOOK_PRIORITY:
+					priority = int32(binary.BigEndian.Uint32(v))
+				}
+			}
+		}
+	}
+	return chainName(name), newDigest(typ, number, priority, policy), table == k.table
+}
+
+// readSpec notes a set, and whether it is as we make it.
+func (k *nfKernel) readSpec(b []byte, a *actual) {
+	var table, name string
+	var flags, keyLen, dataLen uint32
+	for t, v := range nlbatch.Attributes(b) {
+		switch t {
+		case attrTable:
+			table = nlbatch.Text(v)
+		case unix.NFTA_SET_NAME:
+			name = nlbatch.Text(v)
+		case unix.NFTA_SET_FLAGS:
+			flags = binary.BigEndian.Uint32(v)
+		case unix.NFTA_SET_KEY_LEN:
+			keyLen = binary.BigEndian.Uint32(v)
+		case unix.NFTA_SET_DATA_LEN:
+			dataLen = binary.BigEndian.Uint32(v)
+		}
+	}
+	if table != k.table {
+		return
+	}
+	for set, spec := range setSpecs {
+		if spec.name == name {
+			// Some kernels say only later that a set is one of concatenated ranges.
+			a.sets[setID(set)] = flags&^setConcat == spec.flags()&^setConcat &&
+				int(keyLen) == length(spec.key, k.family) &&
+				(int(dataLen) == length(spec.value, k.family) || spec.value == nil || spec.value[0] == fieldVerdict)
+			return
+		}
+	}
+	a.extra = append(a.extra, name)
+}
+
+// readSet lists a set's elements. If there is one that we cannot have written the
+// set counts as different. Nobody but us writes there (or disturbed says so); that
+// others write to their own tables must not make the list begin again for ever.
+func (k *nfKernel) readSet(ctx context.Context, set setID, a *actual, got func(element) error) error {
+	return k.listElements(ctx, set, func(c client, ok bool) error {
+		if !ok {
+			a.sets[set] = false
+			return nil
+		}
+		return got(c.element)
+	})
+}
+
+func (k *nfKernel) listElements(ctx context.Context, set setID, got func(c client, ok bool) error) error {
+	return k.conn.DumpThrough(ctx, func(e *nlbatch.Encoder) {
+		k.begin(e, unix.NFT_MSG_GETSETELEM, 0)
+		e.String(unix.NFTA_SET_ELEM_LIST_SET, set.String())
+	}, func(b []byte) error {
+		if len(b) < 4 {
+			return errors.New("a message without header")
+		}
+		for _, v := range nlbatch.Attributes(first(b[4:], unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
+			if err := got(k.element(set, v)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// element reads one element. ok is false if it is none that we would write.
+func (k *nfKernel) element(set setID, b []byte) (c client, ok bool) {
+	var keyBytes, end, data, verdict []byte
+	for t, v := range nlbatch.Attributes(b) {
+		switch t {
+		case unix.NFTA_SET_ELEM_KEY:
+			keyBytes = first(v, unix.NFTA_DATA_VALUE)
+		case attrKeyEnd:
+			end = first(v, unix.NFTA_DATA_VALUE)
+		case unix.NFTA_SET_ELEM_DATA:
+			data, verdict = first(v, unix.NFTA_DATA_VALUE), first(v, unix.NFTA_DATA_VERDICT)
+		}
+	}
+	c.key, c.from, ok = parseKey(set, k.family, keyBytes, end)
+	if !ok || set == setHairpin && c.from != c.addr {
+		return c, false
+	}
+	switch spec := setSpecs[set]; {
+	case spec.value == nil:
+	case spec.value[0] == fieldVerdict:
+		c.then = parseVerdict(verdict)
+	default:
+		c.to, ok = parseTo(k.family, data)
+	}
+	return c, ok
+}
+
+// parseVerdict gives a name that no chain has for a verdict that is none of ours.
+func parseVerdict(b []byte) chainName {
+	code, to := int32(0), ""
+	for t, v := range nlbatch.Attributes(b) {
+		switch t {
+		case unix.NFTA_VERDICT_CODE:
+			code = int32(binary.BigEndian.Uint32(v))
+		case unix.NFTA_VERDICT_CHAIN:
+			to = nlbatch.Text(v)
+		}
+	}
+	switch {
+	case code == unix.NFT_GOTO:
+		return chainName(to)
+	case code == 0:
+		return dropAll
+	}
+	return chainName(fmt.Sprintf("?verdict %d %s", code, to))
+}
+
+func first(b []byte, typ uint16) []byte {
+	for t, v := range nlbatch.Attributes(b) {
+		if t == typ {
+			return v
+		}
+	}
+	return nil
+}
+
+// clients implements kernel. What is missed is found the next time.
+func (k *nfKernel) clients(ctx context.Context, set setID, got func(client)) error {
+	err := k.listElements(ctx, set, func(c client, ok bool) error {
+		if ok {
+			got(c)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("list %s: %w", set, err)
+	}
+	return nil
+}
+
+// forgetMost is how many clients are forgotten in one transaction.
+const forgetMost = 500
+
+// forget implements kernel. Entries can time out any moment, and the kernel refuses
+// to delete what is not there.
+func (k *nfKernel) forget(ctx context.Context, set setID, list []client) error {
+	for len(list) > 0 {
+		n := min(len(list), forgetMost)
+		if err := k.forgetSome(ctx, set, list[:n]); err != nil {
+			return fmt.Errorf("delete from %s: %w", set, err)
+		}
+		list = list[n:]
+	}
+	return nil
+}
+
+func (k *nfKernel) forgetSome(ctx context.Context, set setID, list []client) error {
+	for len(list) > 0 {
+		err := k.conn.Transaction(ctx, unix.NFNL_SUBSYS_NFTABLES, len(list), func(i int, e *nlbatch.Encoder) {
+			k.begin(e, unix.NFT_MSG_DELSETELEM, 0)
+			e.String(unix.NFTA_SET_ELEM_LIST_SET, set.String())
+			e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func() {
+				e.Nest(unix.NFTA_LIST_ELEM, func() {
+					e.Nest(unix.NFTA_SET_ELEM_KEY, func() { e.Bytes(unix.NFTA_DATA_VALUE, list[i].append(nil)) })
+				})
+			})
+		})
+		var rolled *nlbatch.Rolled
+		if !errors.As(err, &rolled) || len(rolled.Refused) == 0 {
+			return err
+		}
+		var left []client
+		for i, c := range list {
+			if refused := rolled.Refused[i]; refused == nil {
+				left = append(left, c)
+			} else if !errors.Is(refused, unix.ENOENT) {
+				return refused
+			}
+		}
+		list = left
+	}
+	return nil
+}

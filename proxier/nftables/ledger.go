@@ -1,0 +1,135 @@
+package nftables
+
+import (
+	"time"
+
+	"github.com/sluice-proxy/sluice/pkg/plan"
+)
+
+// ledger is what plans share in the kernel: how many need an element or a chain.
+type ledger struct {
+	shared map[key]int
+	chains map[chainSpec]int
+	// idle are chains that are there and that nobody needs, since when.
+	idle map[chainName]time.Time
+}
+
+func newLedger() ledger {
+	return ledger{map[key]int{}, map[chainSpec]int{}, map[chainName]time.Time{}}
+}
+
+// has says whether a chain is there.
+func (l *ledger) has(s chainSpec) bool {
+	_, idle := l.idle[s.name()]
+	return idle || l.chains[s] > 0
+}
+
+// hold counts one more that needs what a ruleset shares; release one less. Elements
+// that nobody needs any more are to be deleted; chains wait for sweep.
+func (l *ledger) hold(rs *ruleset) {
+	for _, e := range rs.shared {
+		l.shared[e.key]++
+	}
+	for _, s := range rs.chains {
+		l.chains[s]++
+		delete(l.idle, s.name())
+	}
+}
+
+func (l *ledger) release(rs *ruleset, now time.Time) (unneeded []element) {
+	for _, e := range rs.shared {
+		if l.shared[e.key]--; l.shared[e.key] == 0 {
+			delete(l.shared, e.key)
+			unneeded = append(unneeded, e)
+		}
+	}
+	for _, s := range rs.chains {
+		if l.chains[s]--; l.chains[s] == 0 {
+			delete(l.chains, s)
+			l.idle[s.name()] = now
+		}
+	}
+	return unneeded
+}
+
+// group is what one Service port needs, or one that changes: it goes into a
+// transaction as a whole, and if the kernel refuses it the port is to blame.
+type group struct {
+	old, new *plan.Plan // nil: none, or none that is in force
+	was, is  ruleset
+
+	del, put []element
+	// taken are elements of del that belong to another port so far, which gives them
+	// up in the same round.
+	taken []element
+	given map[key]bool // elements of was that another group takes
+
+	refused error // why new is not in force
+}
+
+// elementsMost is how many elements one message has at the most: a list is an
+// attribute, and those end at 64 KiB.
+const elementsMost = 400
+
+// pack puts elements, which stand side by side by set, into messages.
+func pack(what verb, list []element) []message {
+	var out []message
+	for len(list) > 0 {
+		n := 1
+		for n < len(list) && n < elementsMost && list[n].set == list[0].set {
+			n++
+		}
+		out = append(out, message{what: what, set: list[0].set, elements: list[:n]})
+		list = list[n:]
+	}
+	return out
+}
+
+// messages are a group's. What goes comes first: a key can have another value only
+// when it is free.
+func (g *group) messages() []message {
+	return append(pack(deleteElements, g.del), pack(putElements, g.put)...)
+}
+
+// stages cut a group that is too large for one transaction, so that each moment
+// between them is safe: endpoints come before the verdict that counts them, and go
+// after it.
+func (g *group) stages() [][]message {
+	replaced, taken := map[key]element{}, map[key]bool{}
+	for _, e := range g.del {
+		replaced[e.key] = e
+	}
+	var fresh, verdicts, gone []element
+	var out [][]message
+	pair := func(list []element) {
+		for len(list) > 0 {
+			n := min(len(list), elementsMost)
+			var old []element
+			for _, e := range list[:n] {
+				if o, ok := replaced[e.key]; ok {
+					old, taken[e.key] = append(old, o), true
+				}
+			}
+			out = append(out, append(pack(deleteElements, old), pack(putElements, list[:n])...))
+			list = list[n:]
+		}
+	}
+	for _, e := range g.put {
+		if e.then != "" {
+			verdicts = append(verdicts, e)
+		} else {
+			fresh = append(fresh, e)
+		}
+	}
+	pair(fresh)
+	pair(verdicts)
+	for _, e := range g.del {
+		if !taken[e.key] {
+			gone = append(gone, e)
+		}
+	}
+	for _, m := range pack(deleteElements, gone) {
+		out = append(out, []message{m})
+	}
+	return out
+}

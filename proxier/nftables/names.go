@@ -1,0 +1,152 @@
+package nftables
+
+import "github.com/sluice-proxy/sluice/pkg/model"
+
+// table is the name of our tables, one in each of the families ip and ip6. It is not
+// kube-proxy's: both products recognise what is theirs by it.
+const table = "sluice"
+
+// kubeProxyTable is the table of kube-proxy's nftables mode, in families ip and
+// ip6 (KEP-3866).
+const kubeProxyTable = "kube-proxy"
+
+// setID is one of the sets and maps.
+type setID uint8
+
+// The sets and maps. A map of endpoints has, for each frontend, its endpoints
+// numbered from 0; the map of affinity beside it has the endpoint that a client was
+// given, written by the rules themselves.
+const (
+	setServices  setID = iota // frontend: what happens to a new connection
+	setNodePorts              // the same by port, for the node's own addresses
+
+	setEndpoints
+	setLocalEndpoints // endpoints on this node, where a policy is Local
+	setPortEndpoints  // of node ports
+	setPortLocalEndpoints
+
+	setAffinity
+	setLocalAffinity
+	setPortAffinity
+	setPortLocalAffinity
+
+	setSources           // who may use a load balancer address
+	setClusterIPs        // every ClusterIP
+	setHairpin           // endpoints on this node, as client and server of one connection
+	setNodePortAddresses // where node ports are served, if not everywhere
+
+	setTraffic     // counters of frontends, where asked for
+	setPortTraffic // counters of node ports
+
+	setCount
+)
+
+// field is a part of a key or of a value.
+type field uint8
+
+const (
+	fieldAddr     field = iota // an address of the family
+	fieldProtocol              // of the transport layer
+	fieldPort
+	fieldIndex   // of an endpoint: 32 bits in the machine's byte order
+	fieldSource  // an address that stands for a client's: the second one of a key, or a range
+	fieldClient  // the client's address, first in a key
+	fieldVerdict // what happens; alone
+)
+
+// setSpec is how a set is created.
+type setSpec struct {
+	name    string
+	key     []field
+	value   []field // nil for sets
+	dynamic bool    // rules write it, and elements time out
+	ranges  bool    // the last field of the key is a range
+	counter bool    // each element counts what is looked up
+}
+
+// frontends and node ports are how most keys begin.
+var (
+	frontendKey = []field{fieldAddr, fieldProtocol, fieldPort}
+	nodePortKey = []field{fieldProtocol, fieldPort}
+	toEndpoint  = []field{fieldAddr, fieldPort}
+)
+
+func fields(first []field, more ...field) []field {
+	return append(append([]field{}, first...), more...)
+}
+
+var setSpecs = [setCount]setSpec{
+	setServices:  {name: "services", key: frontendKey, value: []field{fieldVerdict}},
+	setNodePorts: {name: "node-ports", key: nodePortKey, value: []field{fieldVerdict}},
+
+	setEndpoints:          {name: "endpoints", key: fields(frontendKey, fieldIndex), value: toEndpoint},
+	setLocalEndpoints:     {name: "local-endpoints", key: fields(frontendKey, fieldIndex), value: toEndpoint},
+	setPortEndpoints:      {name: "node-port-endpoints", key: fields(nodePortKey, fieldIndex), value: toEndpoint},
+	setPortLocalEndpoints: {name: "node-port-local-endpoints", key: fields(nodePortKey, fieldIndex), value: toEndpoint},
+
+	setAffinity:          {name: "affinity", key: fields([]field{fieldClient}, frontendKey...), value: toEndpoint, dynamic: true},
+	setLocalAffinity:     {name: "local-affinity", key: fields([]field{fieldClient}, frontendKey...), value: toEndpoint, dynamic: true},
+	setPortAffinity:      {name: "node-port-affinity", key: fields([]field{fieldClient}, nodePortKey...), value: toEndpoint, dynamic: true},
+	setPortLocalAffinity: {name: "node-port-local-affinity", key: fields([]field{fieldClient}, nodePortKey...), value: toEndpoint, dynamic: true},
+
+	setSources:           {name: "source-ranges", key: fields(frontendKey, fieldSource), ranges: true},
+	setClusterIPs:        {name: "cluster-ips", key: []field{fieldAddr}},
+	setHairpin:           {name: "hairpin", key: fields([]field{fieldClient}, frontendKey...)},
+	setNodePortAddresses: {name: "node-port-addresses", key: []field{fieldAddr}},
+
+	setTraffic:     {name: "traffic", key: frontendKey, counter: true},
+	setPortTraffic: {name: "node-port-traffic", key: nodePortKey, counter: true},
+}
+
+func (s setID) String() string { return setSpecs[s].name }
+
+// endpointSets are the maps of endpoints, with the map of affinity that belongs to
+// each: an entry there is right as long as the endpoint stands here.
+var endpointSets = map[setID]setID{
+	setEndpoints:          setAffinity,
+	setLocalEndpoints:     setLocalAffinity,
+	setPortEndpoints:      setPortAffinity,
+	setPortLocalEndpoints: setPortLocalAffinity,
+}
+
+// endpointsOf gives the map of a kind of endpoints.
+func endpointsOf(port, local bool) setID {
+	switch {
+	case port && local:
+		return setPortLocalEndpoints
+	case port:
+		return setPortEndpoints
+	case local:
+		return setLocalEndpoints
+	}
+	return setEndpoints
+}
+
+// mostClients bounds each map of affinity: a flood of clients, or of forged
+// addresses, must not take all memory. Clients beyond it are served, but not
+// remembered.
+const mostClients = 1 << 18
+
+// Names of chains that are always there.
+const (
+	chainPrerouting  = "nat-prerouting"
+	chainOutput      = "nat-output"
+	chainPostrouting = "nat-postrouting"
+	chainForward     = "filter-forward"
+	chainInput       = "filter-input"
+	chainCountOut    = "filter-output"
+
+	chainServices = "services"
+	chainUnserved = "unserved"
+	chainReject   = "reject-all"
+	chainMartian  = "martian"
+	chainCount    = "count"
+)
+
+// word is the family as nft writes it.
+func word(f model.Family) string {
+	if f == model.IPv6 {
+		return "ip6"
+	}
+	return "ip"
+}

@@ -1,0 +1,183 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier"
+)
+
+// Options are a proxier's settings. They do not change in its life.
+type Options struct {
+	Family        model.Family
+	MasqueradeBit int              // bit of the packet mark, 0 to 31
+	Detector      proxier.Detector // must agree with Facts.DetectLocal
+	AcceptInvalid bool             // do not drop packets that conntrack calls invalid
+
+	Report proxier.Reporter // may be nil
+	// Refused, if not nil, is told of each transaction that the kernel refused;
+	// cleanup says that it was one that only removed what is not needed any more.
+	Refused func(cleanup bool)
+}
+
+// A Service port that the kernel refused is tried again, unchanged, after
+// retryAside, then after twice that, and so on.
+const (
+	retryAside     = time.Minute
+	retryAsideMost = time.Hour
+)
+
+// Proxier is the nftables proxier of one family.
+type Proxier struct {
+	o      Options
+	c      compiler
+	kernel kernel
+	now    func() time.Time
+
+	// What the kernel is believed to have; nil applied means that nothing is known
+	// and must be read first.
+	applied *plan.Set
+	ledger  ledger
+	aside   map[model.PortKey]aside
+	told    map[model.PortKey]bool // refusals that have been reported and not taken back
+
+	written    bool // this process has written: what it finds changed is drift
+	verified   time.Time
+	verifyCost time.Duration
+}
+
+// aside is a plan that the kernel refused.
+type aside struct {
+	plan   *plan.Plan
+	since  time.Time
+	wait   time.Duration
+	trying bool // it is being tried again
+}
+
+var _ proxier.Proxier = (*Proxier)(nil)
+
+// New returns a proxier for the network namespace of the calling thread. It changes
+// nothing until Sync. It fails if the kernel cannot be talked to.
+func New(o Options) (*Proxier, error) {
+	k, err := openKernel(o.Family, table)
+	if err != nil {
+		return nil, err
+	}
+	return newProxier(o, k), nil
+}
+
+func newProxier(o Options, k kernel) *Proxier {
+	if o.Report == nil {
+		o.Report = proxier.Silent{}
+	}
+	if o.Refused == nil {
+		o.Refused = func(bool) {}
+	}
+	return &Proxier{o: o, c: newCompiler(&o), kernel: k, now: time.Now, ledger: newLedger(),
+		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}}
+}
+
+// Forget drops what is believed about the kernel. The next Sync reads it.
+func (x *Proxier) Forget() {
+	x.applied = nil
+	x.written = false
+}
+
+// Sync makes the table equal to want. See proxier.Proxier.
+func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
+	err := x.sync(ctx, want)
+	if err == nil {
+		x.takeBack()
+	}
+	return err
+}
+
+func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
+	if x.applied != nil {
+		err := x.syncChanges(ctx, want)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		// Part of the change may be in force: start over from what is there.
+		x.applied = nil
+	}
+	return x.syncAll(ctx, want)
+}
+
+// takeBack reports refusals that do not hold any more.
+func (x *Proxier) takeBack() {
+	for key := range x.told {
+		if _, still := x.aside[key]; !still {
+			delete(x.told, key)
+			x.o.Report.SetAside(key, nil)
+		}
+	}
+}
+
+// keep leaves out plans that were set aside and are not tried again.
+func (x *Proxier) keep(p *plan.Plan) bool {
+	a, ok := x.aside[p.PortKey]
+	return !ok || a.plan != p || a.trying
+}
+
+// inForce says whether a plan of the applied Set is in the kernel.
+func (x *Proxier) inForce(p *plan.Plan) bool {
+	a, ok := x.aside[p.PortKey]
+	return !ok || a.plan != p
+}
+
+// readmit has plans that were set aside tried again when that is due, and forgets
+// those that are gone or different now. It returns the former.
+func (x *Proxier) readmit(want *plan.Set) []*plan.Plan {
+	var again []*plan.Plan
+	for key, a := range x.aside {
+		switch p := want.Get(key); {
+		case p != a.plan:
+			// Whoever compares with the applied Set must still know that this one is
+			// not in the kernel: it goes when the round is over.
+		case x.now().Sub(a.since) >= a.wait:
+			a.trying = true
+			x.aside[key] = a
+			again = append(again, p)
+		}
+	}
+	return again
+}
+
+// setAside notes that the kernel refused a plan.
+func (x *Proxier) setAside(p *plan.Plan, err error) {
+	wait := retryAside
+	if a, ok := x.aside[p.PortKey]; ok && a.plan == p {
+		wait = min(2*a.wait, retryAsideMost)
+	}
+	x.aside[p.PortKey] = aside{plan: p, since: x.now(), wait: wait}
+	x.told[p.PortKey] = true
+	x.o.Report.SetAside(p.PortKey, fmt.Errorf("the kernel refuses it: %w", err))
+}
+
+// settleAside drops refusals that do not hold any more after a round for want.
+func (x *Proxier) settleAside(want *plan.Set) {
+	for key, a := range x.aside {
+		if a.trying || want.Get(key) != a.plan {
+			delete(x.aside, key)
+		}
+	}
+}
+
+// believedWrong says whether an error shows that the kernel does not have what we
+// believe: then no Service is to blame.
+func believedWrong(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) || passing(err)
+}
+
+// passing says whether an error says nothing about what was asked for.
+func passing(err error) bool {
+	return errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) ||
+		errors.Is(err, unix.EPERM) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}

@@ -1,0 +1,411 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+
+	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier/internal/nlbatch"
+)
+
+// transactionBytes is how large transactions are made: large enough that what each
+// costs by itself does not matter, and small enough that others, who wait for the
+// kernel's lock meanwhile, do not notice.
+const transactionBytes = 128 << 10
+
+// syncChanges writes the difference between the last applied Set and want.
+func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
+	groups := x.changes(want)
+	if err := x.prepare(ctx, want, groups); err != nil {
+		return err
+	}
+	if _, err := x.run(ctx, slices.Values(groups), believedWrong); err != nil {
+		return err
+	}
+	if err := x.conclude(ctx, groups); err != nil {
+		return err
+	}
+	x.settleAside(want)
+	x.applied, x.written = want, true
+	return x.forgetClients(ctx, staleOf(groups))
+}
+
+// changes gives a group for every plan that changes, or is tried again.
+func (x *Proxier) changes(want *plan.Set) []*group {
+	again := x.readmit(want)
+	var groups []*group
+	add := func(old, new *plan.Plan) {
+		g := &group{}
+		if old != nil && x.inForce(old) {
+			g.old, g.was = old, x.c.compile(old)
+		}
+		if new != nil && x.keep(new) {
+			g.new, g.is = new, x.c.compile(new)
+		}
+		if g.old != nil || g.new != nil {
+			groups = append(groups, g)
+		}
+	}
+	plan.Changes(x.applied, want, func(old, new *plan.Plan) bool { add(old, new); return true })
+	for _, p := range again {
+		add(nil, p)
+	}
+	x.compare(groups)
+	return groups
+}
+
+// compare works out what groups delete and put. An element that one gives up and
+// another takes in the same round is replaced by the latter, in one transaction.
+func (x *Proxier) compare(groups []*group) {
+	had := map[key]element{}
+	owner := map[key]*group{}
+	for _, g := range groups {
+		for _, e := range g.was.elements {
+			had[e.key], owner[e.key] = e, g
+		}
+	}
+	wanted := map[key]bool{}
+	for _, g := range groups {
+		for _, e := range g.is.elements {
+			wanted[e.key] = true
+			old, there := had[e.key]
+			switch from := owner[e.key]; {
+			case there && old == e && from == g:
+				continue
+			case there:
+				g.del = append(g.del, old)
+				if from != g {
+					g.taken = append(g.taken, old)
+					from.give(e.key)
+				}
+			}
+			g.put = append(g.put, e)
+		}
+		for _, e := range g.is.shared {
+			if x.ledger.shared[e.key] == 0 {
+				g.put = append(g.put, e)
+			}
+		}
+	}
+	for _, g := range groups {
+		for _, e := range g.was.elements {
+			if !wanted[e.key] {
+				g.del = append(g.del, e)
+			}
+		}
+	}
+}
+
+func (g *group) give(k key) {
+	if g.given == nil {
+		g.given = map[key]bool{}
+	}
+	g.given[k] = true
+}
+
+// prepare writes what groups lead to: chains that are not there yet, and what facts
+// have changed of the static part.
+func (x *Proxier) prepare(ctx context.Context, want *plan.Set, groups []*group) error {
+	var list []message
+	var fresh []chainSpec
+	for _, g := range groups {
+		for _, s := range g.is.chains {
+			if !x.ledger.has(s) && !slices.Contains(fresh, s) {
+				fresh = append(fresh, s)
+				list = append(list, message{what: writeChain, chain: x.c.chain(s)})
+			}
+		}
+	}
+	if want.Facts != x.applied.Facts {
+		list = append(list, differ(x.c.base(&x.o, x.applied.Facts, true), x.c.base(&x.o, want.Facts, true))...)
+	}
+	if err := x.commit(ctx, list); err != nil {
+		return fmt.Errorf("write chains: %w", err)
+	}
+	for _, s := range fresh {
+		x.ledger.idle[s.name()] = x.now()
+	}
+	return nil
+}
+
+// differ gives what leads from one static part to another.
+func differ(was, is static) []message {
+	var list []message
+	for _, ch := range is.chains {
+		i := slices.IndexFunc(was.chains, func(o chain) bool { return o.name == ch.name })
+		if i < 0 || !sameRules(was.chains[i].rules, ch.rules) {
+			list = append(list, message{what: writeChain, chain: ch})
+		}
+	}
+	gone := slices.DeleteFunc(slices.Clone(was.chains), func(o chain) bool {
+		return slices.ContainsFunc(is.chains, func(ch chain) bool { return ch.name == o.name })
+	})
+	for _, what := range []verb{flushChain, deleteChain} {
+		for _, ch := range gone {
+			list = append(list, message{what: what, name: string(ch.name)})
+		}
+	}
+	without := func(list, other []element) []element {
+		return slices.DeleteFunc(slices.Clone(list), func(e element) bool { return slices.Contains(other, e) })
+	}
+	list = append(list, pack(deleteElements, without(was.elements, is.elements))...)
+	return append(list, pack(putElements, without(is.elements, was.elements))...)
+}
+
+func sameRules(a, b []rule) bool {
+	return slices.EqualFunc(a, b, func(x, y rule) bool { return x.text == y.text })
+}
+
+// conclude brings the ledger up to date with what a round has done, takes back what
+// is left of refused plans, and deletes what nobody needs any more.
+func (x *Proxier) conclude(ctx context.Context, groups []*group) error {
+	var back []*group
+	for _, g := range groups {
+		if g.refused == nil {
+			x.ledger.hold(&g.is)
+			continue
+		}
+		x.setAside(g.new, g.refused)
+		b := &group{del: slices.Clone(g.taken)}
+		for _, e := range g.was.elements {
+			if !g.given[e.key] {
+				b.del = append(b.del, e)
+			}
+		}
+		back = append(back, b)
+	}
+	var unneeded []element
+	for _, g := range groups {
+		unneeded = append(unneeded, x.ledger.release(&g.was, x.now())...)
+	}
+	back = append(back, &group{del: unneeded})
+	return x.remove(ctx, slices.Values(back))
+}
+
+// remove commits groups that only delete: no refusal is to be expected.
+func (x *Proxier) remove(ctx context.Context, groups iter.Seq[*group]) error {
+	if _, err := x.run(ctx, groups, func(error) bool { return true }); err != nil {
+		return fmt.Errorf("delete what is not needed any more: %w", err)
+	}
+	return nil
+}
+
+// run commits groups, many in a transaction, and returns those that the kernel
+// refused. fatal says which refusals are nobody's fault, but a sign that something
+// else is wrong: those end the round. It holds no more groups than one transaction's.
+func (x *Proxier) run(ctx context.Context, groups iter.Seq[*group], fatal func(error) bool) (refused []*group, err error) {
+	var batch []*group
+	size := 0
+	flush := func() error {
+		err := x.commitGroups(ctx, batch, fatal)
+		for _, g := range batch {
+			if g.refused != nil {
+				refused = append(refused, g)
+			}
+		}
+		batch, size = nil, 0
+		return err
+	}
+	for g := range groups {
+		n := x.sizeOf(g.messages())
+		if size > 0 && size+n > min(transactionBytes, x.kernel.room()) {
+			if err := flush(); err != nil {
+				return refused, err
+			}
+		}
+		batch, size = append(batch, g), size+n
+	}
+	return refused, flush()
+}
+
+func (x *Proxier) sizeOf(list []message) int {
+	n := 0
+	for _, m := range list {
+		n += x.kernel.size(m)
+	}
+	return n
+}
+
+// commitGroups commits groups in one transaction. If the kernel refuses some, the
+// others are tried again without them; if it does not say which, in halves.
+func (x *Proxier) commitGroups(ctx context.Context, batch []*group, fatal func(error) bool) error {
+	var list []message
+	var of []*group
+	for _, g := range batch {
+		for _, m := range g.messages() {
+			list, of = append(list, m), append(of, g)
+		}
+	}
+	if len(batch) == 1 && x.sizeOf(list) > x.kernel.room() {
+		return x.commitStages(ctx, batch[0])
+	}
+	err := x.commit(ctx, list)
+	var back *rolledBack
+	if err == nil || !errors.As(err, &back) || ctx.Err() != nil {
+		return err
+	}
+	culprits := map[*group]error{}
+	for i, err := range back.refused {
+		if fatal(err) {
+			return err
+		}
+		culprits[of[i]] = err
+	}
+	switch {
+	case len(culprits) > 0:
+	case errors.Is(err, nlbatch.ErrTooLarge) && len(batch) == 1:
+		return x.commitStages(ctx, batch[0])
+	case len(batch) > 1:
+		half := len(batch) / 2
+		if err := x.commitGroups(ctx, batch[:half], fatal); err != nil {
+			return err
+		}
+		return x.commitGroups(ctx, batch[half:], fatal)
+	case fatal(err):
+		return err
+	default:
+		culprits[batch[0]] = err
+	}
+	return x.withoutCulprits(ctx, batch, culprits, fatal)
+}
+
+func (x *Proxier) withoutCulprits(ctx context.Context, batch []*group, culprits map[*group]error, fatal func(error) bool) error {
+	var rest []*group
+	for _, g := range batch {
+		switch err := culprits[g]; {
+		case err == nil:
+			rest = append(rest, g)
+		case g.new == nil: // what goes cannot be set aside
+			return err
+		default:
+			g.refused = err
+		}
+	}
+	if len(rest) == 0 {
+		return nil
+	}
+	return x.commitGroups(ctx, rest, fatal)
+}
+
+// commitStages commits a group that is too large for one transaction. If the kernel
+// refuses some of it, the rest is in force already: the next comparison sees that.
+func (x *Proxier) commitStages(ctx context.Context, g *group) error {
+	var batch []message
+	size := 0
+	for _, stage := range append(g.stages(), nil) {
+		n := x.sizeOf(stage)
+		if size > 0 && (stage == nil || size+n > x.kernel.room()) {
+			if err := x.commit(ctx, batch); err != nil {
+				return fmt.Errorf("a part of what is too large for one transaction: %w", err)
+			}
+			batch, size = nil, 0
+		}
+		batch, size = append(batch, stage...), size+n
+	}
+	return nil
+}
+
+func (x *Proxier) commit(ctx context.Context, list []message) error {
+	if len(list) == 0 {
+		return nil
+	}
+	err := x.kernel.commit(ctx, list)
+	if err != nil && ctx.Err() == nil {
+		x.o.Refused(false)
+	}
+	return err
+}
+
+// place is a frontend, or node port, in a map of endpoints.
+type place = key
+
+// stale is which endpoints clients of a frontend may go on being sent to; it is for
+// frontends that have lost some.
+type stale map[place]map[value]bool
+
+// staleOf collects the frontends with affinity that have lost endpoints.
+func staleOf(groups []*group) stale {
+	s := stale{}
+	for _, g := range groups {
+		if g.old == nil || g.old.Affinity == 0 {
+			continue
+		}
+		left := map[element]bool{} // by place and value
+		for _, e := range g.is.elements {
+			left[element{placeOf(e), e.value}] = true
+		}
+		for _, e := range g.was.elements {
+			if _, ok := endpointSets[e.set]; ok && !left[element{placeOf(e), e.value}] {
+				s[placeOf(e)] = nil
+			}
+		}
+		s.allow(&g.is)
+	}
+	return s
+}
+
+func placeOf(e element) place {
+	k := e.key
+	k.index = 0
+	return k
+}
+
+// allow notes the endpoints that a ruleset has for places in s.
+func (s stale) allow(rs *ruleset) {
+	for _, e := range rs.elements {
+		at := placeOf(e)
+		if allowed, ok := s[at]; ok {
+			if allowed == nil {
+				allowed = map[value]bool{}
+				s[at] = allowed
+			}
+			allowed[e.value] = true
+		}
+	}
+}
+
+// forgetClients takes what the rules remember of clients whose endpoint is gone:
+// they get another one with their next connection.
+func (x *Proxier) forgetClients(ctx context.Context, s stale) error {
+	var sets []setID
+	for at := range s {
+		if !slices.Contains(sets, at.set) {
+			sets = append(sets, at.set)
+		}
+	}
+	for _, set := range sets {
+		err := x.forgetIn(ctx, set, func(c client) bool {
+			allowed, affected := s[placeAmong(set, c)]
+			return !affected || allowed[c.value]
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// placeAmong is the place in a map of endpoints that a client's entry belongs to.
+func placeAmong(set setID, c client) place {
+	k := c.key
+	k.set = set
+	return k
+}
+
+// forgetIn forgets the clients of a map of endpoints that are not kept.
+func (x *Proxier) forgetIn(ctx context.Context, set setID, keep func(client) bool) error {
+	affinity := endpointSets[set]
+	var gone []client
+	err := x.kernel.clients(ctx, affinity, func(c client) {
+		if !keep(c) {
+			gone = append(gone, c)
+		}
+	})
+	if err != nil || len(gone) == 0 {
+		return err
+	}
+	return x.kernel.forget(ctx, affinity, gone)
+}
