@@ -220,13 +220,15 @@ func (a *agent) connect(cfg *config.Config) (*rest.Config, error) {
 }
 
 // source returns the task that feeds the store. Names and zones of endpoints are
-// worth their memory only where endpoints are weighed.
+// worth their memory only where endpoints are weighed, and ServiceCIDRs a watch
+// on every node only where they are used.
 func (a *agent) source(cfg *config.Config, rc *rest.Config) task {
 	_, weighs := a.mode.(*ipvsMode)
 	if rc == nil {
 		return (&watch.Manifests{Dir: cfg.Manifests, Store: a.store, NodeName: cfg.NodeName, KeepOrigins: weighs, Log: a.log, Stats: &a.stats}).Run
 	}
-	return (&watch.API{Config: rc, Store: a.store, NodeName: cfg.NodeName, KeepOrigins: weighs, Log: a.log, Stats: &a.stats}).Run
+	return (&watch.API{Config: rc, Store: a.store, NodeName: cfg.NodeName, KeepOrigins: weighs,
+		ServiceCIDRs: a.mode.refusesUnallocated(), Log: a.log, Stats: &a.stats}).Run
 }
 
 func (a *agent) registerMetrics(cfg *config.Config, planes []*dataplane) error {
@@ -281,7 +283,7 @@ func (a *agent) addFamily(p *dataplane) {
 	}
 	f.loop = reconcile.New(reconcile.Options{
 		Family: p.family, Source: a.store, Dataplane: p, Then: then,
-		Facts:        func(n *model.Node) *plan.Facts { return a.factsOf(p.family, n) },
+		Facts:        func(snap *state.Snapshot) *plan.Facts { return a.factsOf(p.family, snap) },
 		FactsChanged: f.facts,
 		Periods:      a.periods,
 		Observer:     &observer{a: a, first: p.family == a.firstFamily(p)},

@@ -12,11 +12,12 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/node"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/pkg/state"
 )
 
 // factsOf gives what plans of a family depend on besides Services.
-func (a *agent) factsOf(f model.Family, n *model.Node) *plan.Facts {
-	cfg := a.cfg.Load()
+func (a *agent) factsOf(f model.Family, snap *state.Snapshot) *plan.Facts {
+	cfg, n := a.cfg.Load(), snap.Node()
 	facts := &plan.Facts{
 		Family: f, NodeName: cfg.NodeName,
 		NodeIP:            node.PrimaryIP(cfg.BindAddress, n, f),
@@ -34,8 +35,22 @@ func (a *agent) factsOf(f model.Family, n *model.Node) *plan.Facts {
 		facts.LocalhostNodePorts = cfg.LocalhostNodePorts && node.IncludesLocalhost(nodePorts(filter), facts.NodeIP)
 	}
 	facts.NodePorts = node.Select(nodePorts(filter), f, own, facts.NodeIP)
+	if a.mode.refusesUnallocated() {
+		facts.ServiceCIDRs = ofFamily(f, snap.ServiceCIDRs())
+	}
 	a.mode.adjust(facts, own)
 	return facts
+}
+
+// ofFamily returns the prefixes of a family, in their order; nil if there are none.
+func ofFamily(f model.Family, list []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range list {
+		if model.FamilyOf(p.Addr()) == f {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // readAddresses reads the node's addresses. If that fails the last known stay.

@@ -26,6 +26,10 @@ type mode interface {
 	open(ctx context.Context, p *dataplane, d proxier.Detector) (engine, error)
 	// adjust completes node facts; own are the node's addresses of the family.
 	adjust(facts *plan.Facts, own []netip.Addr)
+	// refusesUnallocated says that its proxiers refuse connections to addresses of
+	// the ServiceCIDRs that no Service has. Only then are ServiceCIDRs followed, and
+	// among the facts.
+	refusesUnallocated() bool
 	// removeOthers removes what other modes, ours or kube-proxy's, have left of a
 	// family. It is called when the rules of this one are in force. What was
 	// removed comes back in words for people, "" for nothing.

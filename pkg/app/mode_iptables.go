@@ -77,6 +77,9 @@ func (m *iptablesMode) prepare() {}
 
 func (m *iptablesMode) adjust(*plan.Facts, []netip.Addr) {}
 
+// refusesUnallocated: as in kube-proxy, which does so in nftables mode alone.
+func (m *iptablesMode) refusesUnallocated() bool { return false }
+
 func (m *iptablesMode) objects() []string { return []string{"chain", "jump"} }
 
 func (m *iptablesMode) removeOthers(ctx context.Context, f model.Family) (string, error) {

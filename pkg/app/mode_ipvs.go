@@ -149,6 +149,9 @@ func (m *ipvsMode) adjust(facts *plan.Facts, own []netip.Addr) {
 	})
 }
 
+// refusesUnallocated: as in kube-proxy, which does so in nftables mode alone.
+func (m *ipvsMode) refusesUnallocated() bool { return false }
+
 // objects are the words that package ipvs reports repairs by.
 func (m *ipvsMode) objects() []string {
 	return []string{"virtual server", "destination", "ipset", "ipset entry", "device", "address", "chain", "jump"}

@@ -6,18 +6,22 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/spf13/pflag"
+	"k8s.io/client-go/rest"
 
 	"github.com/sluice-proxy/sluice/pkg/config"
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/pkg/state"
 	"github.com/sluice-proxy/sluice/proxier"
 	"github.com/sluice-proxy/sluice/proxier/ipvs"
 )
@@ -321,10 +325,13 @@ func TestFactsOfIPVS(t *testing.T) {
 				t.Fatal(err)
 			}
 			a.addresses.Store(&own)
-			f := a.factsOf(tc.family, &model.Node{Addrs: addrs("192.168.1.5", "fd00::5")})
+			f := a.factsOf(tc.family, snapshotOf(&model.Node{Addrs: addrs("192.168.1.5", "fd00::5")}, "10.96.0.0/16", "fd00:10:96::/112"))
 			if !slices.Equal(f.OwnAddrs, tc.own) || f.LocalhostNodePorts != tc.localhost ||
 				f.NodePorts.All != tc.ports.All || !slices.Equal(f.NodePorts.Addrs, tc.ports.Addrs) {
 				t.Errorf("%+v", f)
+			}
+			if f.ServiceCIDRs != nil {
+				t.Errorf("ServiceCIDRs %v, which this mode does not use", f.ServiceCIDRs)
 			}
 			if f.DefaultScheduler != tc.scheduler || (f.Schedulers != nil) != (tc.scheduler != "") {
 				t.Errorf("schedulers %v, default %q; want %q", f.Schedulers, f.DefaultScheduler, tc.scheduler)
@@ -332,6 +339,80 @@ func TestFactsOfIPVS(t *testing.T) {
 		})
 	}
 }
+
+// snapshotOf is what a store publishes that knows a Node and a ServiceCIDR.
+func snapshotOf(n *model.Node, cidrs ...string) *state.Snapshot {
+	s := state.NewStore()
+	s.SetNode(n)
+	c := &model.ServiceCIDR{Name: "kubernetes"}
+	for _, p := range cidrs {
+		c.Prefixes = append(c.Prefixes, netip.MustParsePrefix(p))
+	}
+	s.SetServiceCIDR(c)
+	s.Publish()
+	return s.Current()
+}
+
+// refusingMode is a mode that refuses connections to unallocated ClusterIPs.
+type refusingMode struct{ *iptablesMode }
+
+func (refusingMode) refusesUnallocated() bool { return true }
+
+func TestFactsOfAModeThatRefusesUnallocated(t *testing.T) {
+	a, cfg, _ := agentFor(t, &fakeIPVS{})
+	a.mode = refusingMode{newIPTablesMode(a, cfg)}
+	a.addresses.Store(&map[model.Family][]netip.Addr{})
+	both := snapshotOf(nil, "fd00:10:96::/112", "10.97.0.0/16", "10.96.0.0/16")
+	for _, tc := range []struct {
+		family model.Family
+		snap   *state.Snapshot
+		want   string
+	}{
+		{model.IPv4, both, "[10.96.0.0/16 10.97.0.0/16]"},
+		{model.IPv6, both, "[fd00:10:96::/112]"},
+		{model.IPv6, snapshotOf(nil, "10.96.0.0/16"), "[]"},
+		{model.IPv4, snapshotOf(nil), "[]"},
+	} {
+		f := a.factsOf(tc.family, tc.snap)
+		if got := fmt.Sprint(f.ServiceCIDRs); got != tc.want || got == "[]" && f.ServiceCIDRs != nil {
+			t.Errorf("%s: %s, want %s", tc.family, got, tc.want)
+		}
+	}
+}
+
+// ServiceCIDRs are asked for in a mode that needs them, and in no other.
+func TestSourceOfServiceCIDRs(t *testing.T) {
+	for _, refuses := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			a, cfg, _ := agentFor(t, &fakeIPVS{})
+			a.log = slog.New(slog.DiscardHandler)
+			a.mode = newIPTablesMode(a, cfg)
+			if refuses {
+				a.mode = refusingMode{newIPTablesMode(a, cfg)}
+			}
+			var asked atomic.Bool
+			rc := &rest.Config{Host: "http://fake", Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				if strings.HasSuffix(r.URL.Path, "/apis/networking.k8s.io/v1/servicecidrs") {
+					asked.Store(true)
+				}
+				return nil, errors.New("connection refused")
+			})}
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- a.source(cfg, rc)(ctx) }()
+			time.Sleep(time.Minute) // the bubble's time
+			cancel()
+			if err := <-done; err != nil || asked.Load() != refuses {
+				t.Errorf("asked for ServiceCIDRs: %t, want %t; error %v", asked.Load(), refuses, err)
+			}
+		})
+	}
+}
+
+// roundTrip answers requests without a network.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 // A Service's problems are told once, however many ports and families it has, and
 // again when they are others.

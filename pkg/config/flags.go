@@ -141,7 +141,7 @@ func (f *Flags) addConntrack(fs *pflag.FlagSet) {
 }
 
 func (f *Flags) addSluice(fs *pflag.FlagSet) {
-	fs.StringVar(&f.sluice.Manifests, "manifests", "", "A folder of Service, EndpointSlice and Node manifests to follow instead of an API server. (Not in kube-proxy.)")
+	fs.StringVar(&f.sluice.Manifests, "manifests", "", "A folder of Service, EndpointSlice, Node and ServiceCIDR manifests to follow instead of an API server. (Not in kube-proxy.)")
 	fs.Var((*variantFlag)(&f.sluice.IPTables.Variant), "iptables-variant", "Which iptables programs to use: 'auto', 'legacy' or 'nft'. (Not in kube-proxy.)")
 	fs.BoolVar(&f.modeFallback, "mode-fallback", true, "If true, run in iptables mode where the kernel lacks what the chosen mode needs; if false, refuse to start there. (Not in kube-proxy.)")
 	fs.DurationVar(&f.ipvsDrain, "ipvs-drain", defaultDrain, "In the ipvs mode, how long a removed endpoint may keep its connections at the most, 0 for as long as they last. New connections do not go there. (Not in kube-proxy.)")

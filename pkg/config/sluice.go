@@ -19,9 +19,9 @@ const (
 type SluiceConfiguration struct {
 	metav1.TypeMeta `json:",inline"`
 
-	// Manifests is a folder of Service, EndpointSlice and Node manifests that
-	// is followed instead of an API server. Empty means the API server.
-	// Flag: --manifests.
+	// Manifests is a folder of Service, EndpointSlice, Node and ServiceCIDR
+	// manifests that is followed instead of an API server. Empty means the API
+	// server. Flag: --manifests.
 	Manifests string `json:"manifests"`
 	// ModeFallback lets the agent run in iptables mode, with a warning, where the
 	// kernel lacks what the chosen mode needs. If false it refuses to start

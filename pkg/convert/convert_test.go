@@ -13,6 +13,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
@@ -252,6 +253,31 @@ func TestNode(t *testing.T) {
 	}
 	if len(problems) != 2 {
 		t.Errorf("%q", problems)
+	}
+}
+
+func TestServiceCIDR(t *testing.T) {
+	for _, test := range []struct {
+		cidrs    string
+		want     []netip.Prefix
+		problems []string
+	}{
+		{`["10.96.0.0/16","fd00:10:96::/112"]`, prefixes("10.96.0.0/16", "fd00:10:96::/112"), nil},
+		{`["fd00:10:96::/112"]`, prefixes("fd00:10:96::/112"), nil},
+		{`["10.96.1.2/16","010.97.0.0/16","::ffff:10.98.0.0/112"]`, prefixes("10.96.0.0/16", "10.97.0.0/16", "10.98.0.0/16"), nil},
+		{`["x","10.96.0.0/16","10.96.0.0","10.96.0.0/33","10.96.0.0/16"]`, prefixes("10.96.0.0/16"), []string{
+			`spec.cidrs[0]: "x" is not a CIDR`, `spec.cidrs[2]: "10.96.0.0" is not a CIDR`,
+			`spec.cidrs[3]: "10.96.0.0/33" is not a CIDR`, `spec.cidrs[4]: 10.96.0.0/16 is there twice`}},
+		{`[]`, nil, nil},
+	} {
+		var c Converter
+		got, problems := c.ServiceCIDR(fromJSON[networkingv1.ServiceCIDR](t, `{"metadata":{"name":"kubernetes"},"spec":{"cidrs":`+test.cidrs+`}}`))
+		if want := (&model.ServiceCIDR{Name: "kubernetes", Prefixes: test.want}); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: got %+v, want %+v", test.cidrs, got, want)
+		}
+		if !slices.Equal(problems, test.problems) {
+			t.Errorf("%s: problems %q", test.cidrs, problems)
+		}
 	}
 }
 

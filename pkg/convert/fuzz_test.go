@@ -11,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 )
@@ -108,6 +109,33 @@ func FuzzSlice(f *testing.F) {
 		}
 		if len(problems) == 0 && len(sl.Endpoints) != len(obj.Endpoints) {
 			t.Error("an endpoint was dropped silently")
+		}
+	})
+}
+
+// FuzzServiceCIDR is FuzzService for ServiceCIDRs.
+func FuzzServiceCIDR(f *testing.F) {
+	f.Add([]byte(`{"metadata":{"name":"kubernetes"},"spec":{"cidrs":["10.96.0.0/16","fd00:10:96::/112"]}}`))
+	f.Add([]byte(`{"spec":{"cidrs":["10.96.0.1/16","::ffff:10.96.0.0/112","::ffff:0:0/95","fe80::%eth0/64","010.0.0.0/8",""]}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var obj networkingv1.ServiceCIDR
+		if json.Unmarshal(data, &obj) != nil {
+			return
+		}
+		var c Converter
+		cidr, problems := c.ServiceCIDR(&obj)
+		for i, r := range cidr.Prefixes {
+			if !r.IsValid() || r.Masked() != r || r.Addr().Is4In6() || r.Addr().Zone() != "" {
+				t.Errorf("prefix %s", r)
+			}
+			for _, o := range cidr.Prefixes[:i] {
+				if o == r {
+					t.Errorf("%s is there twice", r)
+				}
+			}
+		}
+		if len(problems) == 0 && len(cidr.Prefixes) != len(obj.Spec.CIDRs) {
+			t.Error("a CIDR was dropped silently")
 		}
 	})
 }

@@ -1,5 +1,5 @@
 // Package model holds the nouns of a Service dataplane: Service, Slice,
-// Endpoint, Node. It knows nothing of Kubernetes' types, of policy, or of any
+// Endpoint, Node, ServiceCIDR. It knows nothing of Kubernetes' types, of policy, or of any
 // kernel interface, and imports no other package of this module.
 //
 // Every value that leaves its maker is immutable: whoever wants a different
@@ -269,4 +269,11 @@ type Node struct {
 	// carries the taint ToBeDeletedByClusterAutoscaler (KEP-3836). Either makes
 	// the node ineligible for load balancer traffic.
 	Deleting, Draining bool
+}
+
+// ServiceCIDR is what is kept of a ServiceCIDR: ranges that ClusterIPs are taken
+// from. Prefixes are masked, and those of both families stand side by side.
+type ServiceCIDR struct {
+	Name     string
+	Prefixes []netip.Prefix
 }

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -197,6 +198,7 @@ func TestFactsEqual(t *testing.T) {
 		"no mode":     func(f *Facts) { f.Schedulers = nil },
 		"default":     func(f *Facts) { f.DefaultScheduler = "mh" },
 		"own":         func(f *Facts) { f.OwnAddrs = addrs("192.168.0.1", "192.168.0.2") },
+		"ranges":      func(f *Facts) { f.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")} },
 	} {
 		other := *base
 		change(&other)

@@ -201,6 +201,10 @@ type Facts struct {
 	// need a kernel object for each (ipvs); nil in others. Where they are given,
 	// NodePorts.All means these.
 	OwnAddrs []netip.Addr
+
+	// ServiceCIDRs are those of the family, sorted and none inside another, in
+	// modes that refuse unallocated addresses (nftables); nil in others.
+	ServiceCIDRs []netip.Prefix
 }
 
 // NodePortAddresses says on which of the node's addresses NodePorts are served.
@@ -217,7 +221,8 @@ func (f *Facts) Equal(o *Facts) bool {
 		f.RefuseExternalIPs == o.RefuseExternalIPs && f.LocalhostNodePorts == o.LocalhostNodePorts &&
 		f.NodePorts.All == o.NodePorts.All && slices.Equal(f.NodePorts.Addrs, o.NodePorts.Addrs) &&
 		(f.Schedulers == nil) == (o.Schedulers == nil) && slices.Equal(f.Schedulers, o.Schedulers) &&
-		f.DefaultScheduler == o.DefaultScheduler && slices.Equal(f.OwnAddrs, o.OwnAddrs)
+		f.DefaultScheduler == o.DefaultScheduler && slices.Equal(f.OwnAddrs, o.OwnAddrs) &&
+		slices.Equal(f.ServiceCIDRs, o.ServiceCIDRs)
 }
 
 // Reason explains a plan in words that an operator understands. It is a set of

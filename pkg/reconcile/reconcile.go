@@ -89,9 +89,10 @@ type Periods struct {
 type Options struct {
 	Family model.Family
 	Source Source
-	// Facts gives the node facts as of now; the loop asks again when FactsChanged
-	// receives, and with every Snapshot whose Node is another.
-	Facts        func(*model.Node) *plan.Facts
+	// Facts gives the facts as of now, with what a Snapshot says of them: the Node
+	// and the ServiceCIDRs. The loop asks again when FactsChanged receives, and with
+	// every Snapshot.
+	Facts        func(*state.Snapshot) *plan.Facts
 	FactsChanged <-chan struct{}
 	Dataplane    Dataplane
 	Then         []Sink // told of each Set that is in force
@@ -193,7 +194,7 @@ func (l *Loop) prime(ctx context.Context, snap *state.Snapshot) {
 	if !ok {
 		return
 	}
-	planner := plan.NewPlanner(l.o.Facts(snap.Node()))
+	planner := plan.NewPlanner(l.o.Facts(snap))
 	for e := range snap.All {
 		planner.Update(e.Name, e.Service, e.Slices)
 	}
@@ -269,7 +270,7 @@ func backoff(failures int, most time.Duration) time.Duration {
 
 // plan brings the planner up to a Snapshot and returns its Set.
 func (l *Loop) plan(snap *state.Snapshot) *plan.Set {
-	facts := l.o.Facts(snap.Node())
+	facts := l.o.Facts(snap)
 	first := l.planner == nil
 	if first {
 		l.planner = plan.NewPlanner(facts)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -108,10 +109,10 @@ func run(t *testing.T, f func(*testing.T, *rig)) {
 			facts: make(chan struct{}, 1), periods: Periods{Retry: 30 * time.Second, Check: time.Second, Resync: time.Minute}}
 		r.loop = New(Options{
 			Family: model.IPv4, Source: r.store, FactsChanged: r.facts, Dataplane: r.plane, Then: []Sink{r.sink},
-			Facts: func(*model.Node) *plan.Facts {
+			Facts: func(snap *state.Snapshot) *plan.Facts {
 				mu.Lock()
 				defer mu.Unlock()
-				return &plan.Facts{Family: model.IPv4, NodeName: "n", Zone: r.zone}
+				return &plan.Facts{Family: model.IPv4, NodeName: "n", Zone: r.zone, ServiceCIDRs: snap.ServiceCIDRs()}
 			},
 			Periods: func() Periods {
 				mu.Lock()
@@ -309,6 +310,41 @@ func TestFactsReplanEverything(t *testing.T) {
 		wait(time.Second)
 		if len(r.plane.sets) != 2 || r.plane.sets[1].Facts.Zone != "z" {
 			t.Fatal("changed facts caused no sync")
+		}
+	})
+}
+
+// TestServiceCIDRsAreFacts: they are in force as soon as a Snapshot has them, those
+// that a new node begins with included, and cost no sync where they are the same.
+func TestServiceCIDRsAreFacts(t *testing.T) {
+	run(t, func(t *testing.T, r *rig) {
+		cidrs := func(name string, list ...string) {
+			c := &model.ServiceCIDR{Name: name}
+			for _, p := range list {
+				c.Prefixes = append(c.Prefixes, netip.MustParsePrefix(p))
+			}
+			r.store.SetServiceCIDR(c)
+			r.store.Publish()
+			wait(time.Second)
+		}
+		r.store.SetEarly()
+		cidrs("a", "10.96.0.0/16")
+		if len(r.plane.primed) != 1 || len(r.plane.primed[0].Facts.ServiceCIDRs) != 1 {
+			t.Errorf("primed with %v", r.plane.primed)
+		}
+		r.store.SetSynced()
+		r.service(1)
+		wait(time.Second)
+		cidrs("b", "10.97.0.0/16")
+		cidrs("c", "10.97.0.0/16")
+		cidrs("a")
+		cidrs("d", "10.97.7.0/24")
+		var got []string
+		for _, set := range r.plane.sets {
+			got = append(got, fmt.Sprint(set.Facts.ServiceCIDRs, " ", set.Len()))
+		}
+		if want := []string{"[10.96.0.0/16] 1", "[10.96.0.0/16 10.97.0.0/16] 1", "[10.97.0.0/16] 1"}; !slices.Equal(got, want) {
+			t.Errorf("synced %q, want %q", got, want)
 		}
 	})
 }

@@ -7,6 +7,9 @@
 package state
 
 import (
+	"iter"
+	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -34,6 +37,7 @@ type table = sharded.Table[model.ServiceName, *Entry]
 type Snapshot struct {
 	entries *table
 	node    *model.Node
+	cidrs   []netip.Prefix
 	early   bool
 	synced  bool
 }
@@ -41,8 +45,15 @@ type Snapshot struct {
 // Node returns the own Node, nil while it is unknown or after it was deleted.
 func (s *Snapshot) Node() *model.Node { return s.node }
 
+// ServiceCIDRs returns the prefixes of all ServiceCIDRs, of both families, sorted
+// and none inside another; nil if there are none, or if they are unknown. The
+// slice is immutable, and the same in Snapshots between which nothing of it
+// changed.
+func (s *Snapshot) ServiceCIDRs() []netip.Prefix { return s.cidrs }
+
 // Synced says whether a first complete list of Services and of EndpointSlices
-// has been received. Before that nothing may be programmed.
+// has been received. Before that nothing may be programmed. ServiceCIDRs are not
+// waited for: an API server before Kubernetes 1.33 has none.
 func (s *Snapshot) Synced() bool { return s.synced }
 
 // Early says that the important Services (default/kubernetes and those of
@@ -84,9 +95,11 @@ type Store struct {
 	// What follows belongs to the writing goroutine.
 	entries sharded.Builder[model.ServiceName, *Entry]
 	node    *model.Node
+	cidrs   map[string]*model.ServiceCIDR
 	early   bool
 	synced  bool
-	dirty   bool // node or synced changed
+	dirty   bool // something other than entries changed
+	ranges  bool // cidrs changed; perhaps not in what they add up to
 	owners  map[sliceKey]model.ServiceName
 
 	mu   sync.Mutex
@@ -95,7 +108,7 @@ type Store struct {
 
 // NewStore returns an empty store, not synced.
 func NewStore() *Store {
-	s := &Store{owners: map[sliceKey]model.ServiceName{}}
+	s := &Store{owners: map[sliceKey]model.ServiceName{}, cidrs: map[string]*model.ServiceCIDR{}}
 	s.current.Store(&Snapshot{entries: &table{}})
 	return s
 }
@@ -160,6 +173,18 @@ func (s *Store) SetNode(n *model.Node) {
 	s.dirty = true
 }
 
+// SetServiceCIDR adds or replaces a ServiceCIDR.
+func (s *Store) SetServiceCIDR(c *model.ServiceCIDR) {
+	s.cidrs[c.Name] = c
+	s.ranges = true
+}
+
+// DeleteServiceCIDR forgets a ServiceCIDR.
+func (s *Store) DeleteServiceCIDR(name string) {
+	delete(s.cidrs, name)
+	s.ranges = true
+}
+
 // SetSynced says that first complete lists have been received. It is never
 // taken back: a lost connection leaves the last known state in force.
 func (s *Store) SetSynced() {
@@ -180,11 +205,12 @@ func (s *Store) SetEarly() {
 // Publish makes everything since the last Publish visible as one Snapshot and
 // wakes the subscribers. Without changes it does nothing.
 func (s *Store) Publish() {
+	cidrs := s.serviceCIDRs()
 	if !s.dirty && !s.entries.Dirty() {
 		return
 	}
 	s.dirty = false
-	s.current.Store(&Snapshot{entries: s.entries.Build(), node: s.node, early: s.early, synced: s.synced})
+	s.current.Store(&Snapshot{entries: s.entries.Build(), node: s.node, cidrs: cidrs, early: s.early, synced: s.synced})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, ch := range s.subs {
@@ -193,6 +219,40 @@ func (s *Store) Publish() {
 		default:
 		}
 	}
+}
+
+// serviceCIDRs returns what the next Snapshot says: the last one's slice if it is
+// still right.
+func (s *Store) serviceCIDRs() []netip.Prefix {
+	last := s.Current().cidrs
+	if !s.ranges {
+		return last
+	}
+	s.ranges = false
+	next := outermost(maps.Values(s.cidrs))
+	if slices.Equal(last, next) {
+		return last
+	}
+	s.dirty = true
+	return next
+}
+
+// outermost returns the prefixes that no other one covers, sorted. ServiceCIDRs
+// may overlap (KEP-1880), the intervals of a kernel's set may not.
+func outermost(list iter.Seq[*model.ServiceCIDR]) []netip.Prefix {
+	var all, out []netip.Prefix
+	for c := range list {
+		all = append(all, c.Prefixes...)
+	}
+	slices.SortFunc(all, netip.Prefix.Compare)
+	for _, p := range all {
+		// What covers p is sorted before it, and everything in between is inside
+		// of that as well.
+		if n := len(out); n == 0 || !out[n-1].Overlaps(p) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func findSlice(list []*model.Slice, name string) (int, bool) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net/netip"
 	"reflect"
 	"slices"
 	"testing"
@@ -205,6 +206,67 @@ func TestSyncedAndNode(t *testing.T) {
 	s.Publish()
 	if s.Current().Node() != nil || !s.Current().Synced() || shot.Node() == nil {
 		t.Error("deletion of the Node")
+	}
+}
+
+func TestServiceCIDRs(t *testing.T) {
+	s := NewStore()
+	cidr := func(name string, list ...string) {
+		c := &model.ServiceCIDR{Name: name}
+		for _, p := range list {
+			c.Prefixes = append(c.Prefixes, netip.MustParsePrefix(p))
+		}
+		s.SetServiceCIDR(c)
+	}
+	last := s.Current()
+	for _, step := range []struct {
+		what   string
+		change func()
+		want   string // "": nothing is published
+	}{
+		{"none", func() {}, ""},
+		{"an unknown one is deleted", func() { s.DeleteServiceCIDR("x") }, ""},
+		{"one without prefixes", func() { cidr("empty") }, ""},
+		{"the first", func() { cidr("kubernetes", "fd00:10:96::/112", "10.96.0.0/16") }, "[10.96.0.0/16 fd00:10:96::/112]"},
+		{"the same again", func() { cidr("kubernetes", "10.96.0.0/16", "fd00:10:96::/112") }, ""},
+		{"the same in a second one", func() { cidr("b", "10.96.0.0/16") }, ""},
+		{"another takes its place", func() { s.DeleteServiceCIDR("kubernetes"); cidr("c", "fd00:10:96::/112") }, ""},
+		{"there and back", func() { cidr("d", "10.1.0.0/16"); s.DeleteServiceCIDR("d") }, ""},
+		{"inside another", func() { cidr("d", "10.96.7.0/24", "10.96.0.0/24", "10.96.0.0/16", "10.96.255.255/32") }, ""},
+		{"disjoint", func() { cidr("d", "10.97.0.0/24", "10.95.255.0/24") }, "[10.95.255.0/24 10.96.0.0/16 10.97.0.0/24 fd00:10:96::/112]"},
+		{"around all of its family", func() { cidr("d", "10.0.0.0/8", "fd00:10:97::/112") }, "[10.0.0.0/8 fd00:10:96::/112 fd00:10:97::/112]"},
+		{"all but one gone", func() { s.DeleteServiceCIDR("c"); s.DeleteServiceCIDR("d") }, "[10.96.0.0/16]"},
+		{"all gone", func() { s.DeleteServiceCIDR("b") }, "[]"},
+	} {
+		step.change()
+		if s.Current() != last {
+			t.Errorf("%s: seen before Publish", step.what)
+		}
+		before := fmt.Sprint(last.ServiceCIDRs())
+		s.Publish()
+		switch got := s.Current(); {
+		case step.want == "" && got != last:
+			t.Errorf("%s: published %v", step.what, got.ServiceCIDRs())
+		case step.want != "" && fmt.Sprint(got.ServiceCIDRs()) != step.want:
+			t.Errorf("%s: got %v, want %s", step.what, got.ServiceCIDRs(), step.want)
+		}
+		if got := fmt.Sprint(last.ServiceCIDRs()); got != before {
+			t.Errorf("%s: the Snapshot before changed from %s to %s", step.what, before, got)
+		}
+		last = s.Current()
+	}
+	if last.ServiceCIDRs() != nil || last.Synced() {
+		t.Errorf("none: %v, synced: %v", last.ServiceCIDRs(), last.Synced())
+	}
+
+	cidr("a", "10.96.0.0/16")
+	s.Publish()
+	shared := s.Current().ServiceCIDRs()
+	s.SetNode(&model.Node{Name: "n"})
+	cidr("a", "10.96.0.0/16")
+	s.Publish()
+	if got := s.Current().ServiceCIDRs(); s.Current().Node() == nil || &got[0] != &shared[0] {
+		t.Error("prefixes that did not change are not shared")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
@@ -24,14 +25,20 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/state"
 )
 
-// API follows the Services and EndpointSlices of a cluster, and the own Node,
-// at an API server. Its fields are set before Run and not changed afterwards.
+// API follows the Services and EndpointSlices of a cluster, the own Node and, if
+// they are wanted, the ServiceCIDRs at an API server. Its fields are set before
+// Run and not changed afterwards.
 type API struct {
 	Config *rest.Config // see RESTConfig
 	Store  *state.Store // written by nobody else while Run runs
 
 	// NodeName is the own Node's name; if it is empty no Node is watched.
 	NodeName string
+
+	// ServiceCIDRs says that ServiceCIDRs are wanted, too: in modes that refuse
+	// connections to unallocated ClusterIPs. An API server that does not have the
+	// kind, or does not let us read it, is no error and not out of reach.
+	ServiceCIDRs bool
 
 	Log      *slog.Logger
 	Stats    *Stats      // nil: not counted
@@ -70,7 +77,7 @@ func (a *API) Run(ctx context.Context) error {
 	all := a.sources(cl, conv)
 	for _, s := range all {
 		s.conn, s.report, s.noWatchList = conn, rep, a.NoWatchList
-		wg.Go(func() { keepListing(ctx, s.reflector(ctx, events)) })
+		wg.Go(func() { s.keepListing(ctx, s.reflector(ctx, events)) })
 	}
 	wg.Go(func() { a.early(ctx, all, events) })
 	wg.Go(func() { newWriter(a.Store, stats).run(ctx, events) })
@@ -99,6 +106,14 @@ func (a *API) sources(cl clients, conv *convert.Converter) []*source {
 			convert: nodeRecord(conv, a.NodeName),
 		})
 	}
+	if a.ServiceCIDRs {
+		list = append(list, &source{
+			kind: serviceCIDRs, client: cl.networking, resource: "servicecidrs", list: &networkingv1.ServiceCIDRList{},
+			without: "connections to unallocated ClusterIPs will not be refused",
+			since:   "1.33",
+			convert: serviceCIDRRecord(conv),
+		})
+	}
 	return list
 }
 
@@ -120,15 +135,23 @@ const steady = 15 * time.Second
 // takes the pause that the time without an API server has led up to; but an API
 // server that is back first says that the history has expired (its watch cache
 // is new), and what is needed then is a list at once.
-func keepListing(ctx context.Context, r *cache.Reflector) {
-	pause := backoff
+func (s *source) keepListing(ctx context.Context, r *cache.Reflector) {
+	short, long := backoff, patience
 	for ctx.Err() == nil {
 		start := time.Now()
-		if err := r.ListAndWatchWithContext(ctx); err != nil {
+		err := r.ListAndWatchWithContext(ctx)
+		if err != nil {
 			klog.FromContext(ctx).Info("Watch ended", "type", r.TypeDescription(), "err", err)
 		}
 		if time.Since(start) > steady {
-			pause = backoff
+			short = backoff
+		}
+		pause := &short
+		if s.withheld(err) {
+			s.tellWithheld(err, r.LastSyncResourceVersion() != "")
+			pause = &long
+		} else {
+			long = patience
 		}
 		select {
 		case <-time.After(pause.Step()):

@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
@@ -27,6 +28,8 @@ func init() {
 	// The same backoff, a hundred times faster.
 	backoff.Duration /= 100
 	backoff.Cap /= 100
+	patience.Duration /= 1000
+	patience.Cap /= 1000
 }
 
 func sortStrings(s []string) { slices.Sort(s) }
@@ -54,7 +57,9 @@ func bothWays(t *testing.T, test func(t *testing.T, f *fakeAPI, follow func() (*
 		t.Run(way.name, func(t *testing.T) {
 			f := newFakeAPI(t)
 			f.streaming = way.server
-			test(t, f, func() (*state.Store, *Stats) { return follow(t, f, func(a *API) { a.NoWatchList = !way.ask }) })
+			test(t, f, func() (*state.Store, *Stats) {
+				return follow(t, f, func(a *API) { a.NoWatchList, a.ServiceCIDRs = !way.ask, true })
+			})
 			if lists := f.asked("limit="); (lists > 0) != way.listsExpected {
 				t.Errorf("%d plain lists", lists)
 			}
@@ -290,10 +295,10 @@ func TestAPIRandom(t *testing.T) {
 			f := newFakeAPI(t)
 			f.streaming = seed%2 == 0
 			f.twice = seed%3 == 0
-			store, _ := follow(t, f, nil)
+			store, _ := follow(t, f, func(a *API) { a.ServiceCIDRs = true })
 			for range 150 {
 				name := fmt.Sprint("s", rnd.IntN(8))
-				switch n := rnd.IntN(40); {
+				switch n := rnd.IntN(44); {
 				case n < 12:
 					f.set("services", apiService(name, fmt.Sprint("10.96.0.", 1+rnd.IntN(200))))
 				case n < 15:
@@ -308,6 +313,10 @@ func TestAPIRandom(t *testing.T) {
 					f.del("endpointslices", apiSlice(fmt.Sprint("e", rnd.IntN(8)), ""))
 				case n == 37:
 					f.expire()
+				case n >= 40 && n < 43:
+					f.set("servicecidrs", apiServiceCIDR(fmt.Sprint("c", n), fmt.Sprintf("10.%d.0.0/16", 90+rnd.IntN(4)), "fd00:10:96::/112"))
+				case n == 43:
+					f.del("servicecidrs", apiServiceCIDR(fmt.Sprint("c", 40+rnd.IntN(3))))
 				case n == 38:
 					f.http.CloseClientConnections()
 				default:
@@ -336,6 +345,11 @@ func (f *fakeAPI) summary() string {
 		r := newObject(o)
 		sliceRecord(&c)(o, &r.record)
 		w.apply(event{kind: endpointSlices, record: &r.record})
+	}
+	for _, o := range f.objects["servicecidrs"] {
+		r := newObject(o)
+		serviceCIDRRecord(&c)(o, &r.record)
+		w.apply(event{kind: serviceCIDRs, record: &r.record})
 	}
 	store.Publish()
 	return summary(store.Current())
@@ -375,6 +389,38 @@ func TestDecodeList(t *testing.T) {
 			if _, _, err := decode(data[:cut]); err == nil {
 				t.Fatalf("%s: cut at %d of %d it is taken for complete", name, cut, len(data))
 			}
+		}
+	}
+}
+
+// TestDecodeListOfEveryKind: there is an item type for whatever is watched.
+func TestDecodeListOfEveryKind(t *testing.T) {
+	a := &API{NodeName: "me", ServiceCIDRs: true}
+	all := a.sources(clients{}, &convert.Converter{})
+	if len(all) != int(kinds) {
+		t.Errorf("%d kinds are watched, there are %d", len(all), kinds)
+	}
+	for _, s := range all {
+		item, err := newItem(s.list)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		item.(metav1.Object).SetName("a")
+		list := s.list.DeepCopyObject()
+		if err := meta.SetList(list, []runtime.Object{item}); err != nil {
+			t.Fatal(err)
+		}
+		var buf bytes.Buffer
+		if err := protobuf.NewSerializer(scheme, scheme).Encode(list, &buf); err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		if _, err := decodeList(&buf, s.list, func(o runtime.Object) error {
+			names = append(names, o.(metav1.Object).GetName())
+			return nil
+		}); err != nil || !slices.Equal(names, []string{"a"}) {
+			t.Errorf("%s: %q, %v", s.kind, names, err)
 		}
 	}
 }

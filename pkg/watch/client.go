@@ -8,6 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -96,7 +97,7 @@ var (
 )
 
 func init() {
-	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, discoveryv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, discoveryv1.AddToScheme, networkingv1.AddToScheme} {
 		if err := add(scheme); err != nil {
 			panic("BUG: register API types: " + err.Error())
 		}
@@ -104,9 +105,9 @@ func init() {
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
 }
 
-// clients are REST clients of the two groups, over one connection.
+// clients are REST clients of the groups, over one connection.
 type clients struct {
-	core, discovery rest.Interface
+	core, discovery, networking rest.Interface
 }
 
 func newClients(cfg *rest.Config) (clients, error) {
@@ -122,7 +123,11 @@ func newClients(cfg *rest.Config) (clients, error) {
 	if err != nil {
 		return clients{}, err
 	}
-	return clients{core, discovery}, nil
+	networking, err := restClient(cfg, hc, "/apis", networkingv1.SchemeGroupVersion)
+	if err != nil {
+		return clients{}, err
+	}
+	return clients{core, discovery, networking}, nil
 }
 
 func restClient(cfg *rest.Config, hc *http.Client, path string, gv schema.GroupVersion) (rest.Interface, error) {

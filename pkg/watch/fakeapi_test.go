@@ -17,6 +17,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -44,11 +45,12 @@ type fakeAPI struct {
 	expired   uint64 // history up to here is gone
 	objects   map[string]map[key]apiObject
 	history   []fakeChange
-	changed   chan struct{} // closed and replaced with every change
-	streaming bool          // serves sendInitialEvents
-	oldFields bool          // refuses the field selector spec.clusterIP
-	twice     bool          // sends every watch event twice
-	hold      chan struct{} // if not nil, requests for all namespaces wait until it is closed
+	changed   chan struct{}             // closed and replaced with every change
+	streaming bool                      // serves sendInitialEvents
+	oldFields bool                      // refuses the field selector spec.clusterIP
+	twice     bool                      // sends every watch event twice
+	hold      chan struct{}             // if not nil, requests for all namespaces wait until it is closed
+	withhold  func(http.ResponseWriter) // if not nil, answers for ServiceCIDRs
 	requests  []string
 }
 
@@ -152,7 +154,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	resource := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
 	f.mu.Lock()
 	f.requests = append(f.requests, r.URL.String())
-	streaming, oldFields, hold := f.streaming, f.oldFields, f.hold
+	streaming, oldFields, hold, withhold := f.streaming, f.oldFields, f.hold, f.withhold
 	f.mu.Unlock()
 	_, namespace, _ := strings.Cut(r.URL.Path, "/namespaces/")
 	namespace, _, _ = strings.Cut(namespace, "/")
@@ -162,6 +164,9 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	fieldSelector := q.Get("fieldSelector")
 	switch {
+	case withhold != nil && resource == "servicecidrs":
+		withhold(w)
+		return
 	case oldFields && strings.Contains(fieldSelector, "spec.clusterIP"):
 		fail(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "field label not supported: spec.clusterIP")
 		return
@@ -211,6 +216,8 @@ func typed(o apiObject) apiObject {
 		o.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Node"}
 	case *discoveryv1.EndpointSlice:
 		o.TypeMeta = metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"}
+	case *networkingv1.ServiceCIDR:
+		o.TypeMeta = metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"}
 	}
 	return o
 }
@@ -244,6 +251,8 @@ func (f *fakeAPI) list(w http.ResponseWriter, limit, from, resource string, matc
 		out["apiVersion"], out["kind"] = "v1", "ServiceList"
 	case "nodes":
 		out["apiVersion"], out["kind"] = "v1", "NodeList"
+	case "servicecidrs":
+		out["apiVersion"], out["kind"] = "networking.k8s.io/v1", "ServiceCIDRList"
 	default:
 		out["apiVersion"], out["kind"] = "discovery.k8s.io/v1", "EndpointSliceList"
 	}
@@ -323,6 +332,8 @@ func bookmark(resource string, version uint64) any {
 		o = &corev1.Service{}
 	case "nodes":
 		o = &corev1.Node{}
+	case "servicecidrs":
+		o = &networkingv1.ServiceCIDR{}
 	default:
 		o = &discoveryv1.EndpointSlice{}
 	}
@@ -393,7 +404,12 @@ func apiSlice(name, service string, endpoints ...string) *discoveryv1.EndpointSl
 	return s
 }
 
-// summary says what a Snapshot holds, in a line per Service.
+func apiServiceCIDR(name string, cidrs ...string) *networkingv1.ServiceCIDR {
+	return &networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: cidrs}}
+}
+
+// summary says what a Snapshot holds, in a line per Service and one for all
+// ServiceCIDRs.
 func summary(s *state.Snapshot) string {
 	var lines []string
 	s.All(func(e *state.Entry) bool {
@@ -412,5 +428,8 @@ func summary(s *state.Snapshot) string {
 		return true
 	})
 	sortStrings(lines)
+	if cidrs := s.ServiceCIDRs(); cidrs != nil {
+		lines = append(lines, fmt.Sprint("ServiceCIDRs: ", cidrs))
+	}
 	return strings.Join(lines, "\n")
 }

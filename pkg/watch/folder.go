@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/sluice-proxy/sluice/pkg/convert"
 )
@@ -255,7 +256,8 @@ func (o *fileObject) id() objectID { return objectID{o.kind, o.key} }
 
 func (o *fileObject) sameAs(other *fileObject) bool {
 	return reflect.DeepEqual(o.service, other.service) &&
-		reflect.DeepEqual(o.slice, other.slice) && reflect.DeepEqual(o.node, other.node)
+		reflect.DeepEqual(o.slice, other.slice) && reflect.DeepEqual(o.node, other.node) &&
+		reflect.DeepEqual(o.serviceCIDR, other.serviceCIDR)
 }
 
 // convert completes an object as the API server would, and converts it. It
@@ -286,6 +288,9 @@ func (d *folder) convert(m manifest) (*fileObject, []string) {
 		}
 		o.kind, o.key = nodes, key{"", obj.Name}
 		o.node, texts = d.conv.Node(obj)
+	case *networkingv1.ServiceCIDR:
+		o.kind, o.key = serviceCIDRs, key{"", obj.Name}
+		o.serviceCIDR, texts = d.conv.ServiceCIDR(obj)
 	}
 	object := o.kind.String() + " " + o.key.String()
 	if o.name == "" {

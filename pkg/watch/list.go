@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -68,6 +69,8 @@ func newItem(list runtime.Object) (unmarshaler, error) {
 		return &corev1.Node{}, nil
 	case *discoveryv1.EndpointSliceList:
 		return &discoveryv1.EndpointSlice{}, nil
+	case *networkingv1.ServiceCIDRList:
+		return &networkingv1.ServiceCIDR{}, nil
 	}
 	return nil, fmt.Errorf("BUG: no item type for %T", list)
 }

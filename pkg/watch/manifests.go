@@ -14,9 +14,9 @@ import (
 )
 
 // Manifests follows a folder of YAML (or JSON) files that hold Services,
-// EndpointSlices and the own Node, several to a file or in a List. Files end in
-// .yaml, .yml or .json; subfolders and names that start with a dot do not count.
-// Its fields are set before Run and not changed afterwards.
+// EndpointSlices, ServiceCIDRs and the own Node, several to a file or in a List.
+// Files end in .yaml, .yml or .json; subfolders and names that start with a dot
+// do not count. Its fields are set before Run and not changed afterwards.
 //
 // A file that does not parse is reported with its line, and its last good
 // content stays in force. Of an object that is in two files, the one in the

@@ -172,6 +172,36 @@ metadata: {name: ignored}
 	})
 }
 
+func TestManifestsWithServiceCIDRs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const cidr = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: %s}\nspec: {cidrs: [%s]}\n"
+		b := newBench(t, map[string]string{
+			"a.yaml": yamlService("web", "10.96.0.1") + "---\n" + fmt.Sprintf(cidr, "kubernetes", "10.96.0.0/16, 'fd00:10:96::/112'"),
+			"b.yaml": "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDRList\nitems:\n" +
+				"- {apiVersion: networking.k8s.io/v1, kind: ServiceCIDR, metadata: {name: more}, spec: {cidrs: [10.97.0.0/16]}}\n",
+		})
+		b.has("web: [10.96.0.1]\nServiceCIDRs: [10.96.0.0/16 10.97.0.0/16 fd00:10:96::/112]")
+		b.heard()
+		before := b.store.Current()
+		b.put("b.yaml", fmt.Sprintf(cidr, "more", "10.97.0.1/16")) // means the same
+		b.tell("b.yaml", settle)
+		if b.store.Current() != before {
+			t.Error("a change that means nothing was published")
+		}
+		b.put("b.yaml", fmt.Sprintf(cidr, "more", "10.98.0.0/16, x")+"---\n"+fmt.Sprintf(cidr, "", "10.99.0.0/16")+
+			"---\n"+fmt.Sprintf(cidr, "kubernetes", "10.99.0.0/16"))
+		b.tell("b.yaml", settle)
+		b.has("web: [10.96.0.1]\nServiceCIDRs: [10.96.0.0/16 10.98.0.0/16 fd00:10:96::/112]")
+		b.heard(`b.yaml:1: ServiceCIDR more: spec.cidrs[1]: "x" is not a CIDR`,
+			"b.yaml:6: ServiceCIDR without metadata.name is ignored",
+			"b.yaml:11: ServiceCIDR kubernetes is ignored: it is already in a.yaml:6")
+		b.remove("b.yaml")
+		b.put("a.yaml", yamlService("web", "10.96.0.1"))
+		b.tell("a.yaml", settleGone)
+		b.has("web: [10.96.0.1]")
+	})
+}
+
 // TestManifestsWithoutNotice: what nobody tells is found by polling.
 func TestManifestsWithoutNotice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

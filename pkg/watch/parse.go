@@ -14,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	sigsjson "sigs.k8s.io/json"
 )
@@ -49,7 +50,7 @@ func (e *parseError) Error() string { return e.text }
 func maxNodes(data []byte) int { return 10000 + 4*len(data) }
 
 // parseManifests reads the documents of a manifest file: Services,
-// EndpointSlices, Nodes, and Lists of them. Fields that the API does not have
+// EndpointSlices, Nodes, ServiceCIDRs, and Lists of them. Fields that the API does not have
 // are warnings; a wrong type, or YAML that does not parse, is a *parseError and
 // nothing else is returned.
 func parseManifests(data []byte) (*parsed, error) {
@@ -122,7 +123,7 @@ func (p *parsed) document(doc *yaml.Node, depth int) error {
 		return &parseError{doc.Line, "an object without kind or apiVersion"}
 	}
 	switch apiVersion + " " + kind {
-	case "v1 List", "v1 ServiceList", "v1 NodeList", "discovery.k8s.io/v1 EndpointSliceList":
+	case "v1 List", "v1 ServiceList", "v1 NodeList", "discovery.k8s.io/v1 EndpointSliceList", "networking.k8s.io/v1 ServiceCIDRList":
 		return p.items(doc, depth)
 	case "v1 Service":
 		return p.decode(doc, &corev1.Service{})
@@ -130,6 +131,8 @@ func (p *parsed) document(doc *yaml.Node, depth int) error {
 		return p.decode(doc, &corev1.Node{})
 	case "discovery.k8s.io/v1 EndpointSlice":
 		return p.decode(doc, &discoveryv1.EndpointSlice{})
+	case "networking.k8s.io/v1 ServiceCIDR":
+		return p.decode(doc, &networkingv1.ServiceCIDR{})
 	}
 	name := apiVersion + " " + kind
 	if _, ok := p.ignored[name]; !ok {

@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -82,6 +83,13 @@ func nodeRecord(c *convert.Converter, own string) converter {
 	}
 }
 
+func serviceCIDRRecord(c *convert.Converter) converter {
+	return func(obj runtime.Object, r *record) (problems []string) {
+		r.serviceCIDR, problems = c.ServiceCIDR(obj.(*networkingv1.ServiceCIDR))
+		return problems
+	}
+}
+
 // source lists and watches one kind, and converts on the way.
 type source struct {
 	kind           kind
@@ -93,11 +101,16 @@ type source struct {
 	fieldsOptional bool // try without if the server does not know the field
 	convert        converter
 
+	// For a kind that a server may withhold (see withheld): what does not work
+	// then, and the version of Kubernetes that has it. Empty for others.
+	without, since string
+
 	conn        *connectionState
 	report      *reporter
 	noWatchList bool
 
 	fieldsRefused atomic.Bool
+	toldWithheld  atomic.Bool
 }
 
 // IsWatchListSemanticsUnSupported tells a Reflector whether to stream.
@@ -124,7 +137,7 @@ func (s *source) List(ctx context.Context, o metav1.ListOptions) (runtime.Object
 	if s.retryWithoutFields(err) {
 		list, err = s.readList(ctx, o)
 	}
-	s.conn.result(ctx, s.kind, err)
+	s.result(ctx, err)
 	if err != nil {
 		return nil, err
 	}
@@ -158,10 +171,11 @@ func (s *source) Watch(ctx context.Context, o metav1.ListOptions) (apiwatch.Inte
 	if s.retryWithoutFields(err) {
 		w, err = s.request(o).Watch(ctx)
 	}
-	s.conn.result(ctx, s.kind, err)
+	s.result(ctx, err)
 	if err != nil {
 		return nil, err
 	}
+	s.tellGiven()
 	return newConvertingWatch(w, s.event), nil
 }
 

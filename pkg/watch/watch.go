@@ -19,13 +19,14 @@ import (
 // Stats is what the sources count. The zero Stats is ready; all of it is safe
 // for concurrent use. Counters only grow.
 type Stats struct {
-	ServiceChanges atomic.Uint64 // Services added, changed or removed
-	SliceChanges   atomic.Uint64 // EndpointSlices added, changed or removed
-	NodeChanges    atomic.Uint64 // own Node added, changed or removed
-	Stale          atomic.Uint64 // events not applied: repeated, or older than what is known
-	Relists        atomic.Uint64 // complete lists received, per kind
-	Problems       atomic.Uint64 // problems reported (see ProblemFunc)
-	WatchErrors    atomic.Uint64 // requests to the API server that failed
+	ServiceChanges     atomic.Uint64 // Services added, changed or removed
+	SliceChanges       atomic.Uint64 // EndpointSlices added, changed or removed
+	NodeChanges        atomic.Uint64 // own Node added, changed or removed
+	ServiceCIDRChanges atomic.Uint64 // ServiceCIDRs added, changed or removed
+	Stale              atomic.Uint64 // events not applied: repeated, or older than what is known
+	Relists            atomic.Uint64 // complete lists received, per kind
+	Problems           atomic.Uint64 // problems reported (see ProblemFunc)
+	WatchErrors        atomic.Uint64 // requests to the API server that failed; not those for a kind that it withholds
 
 	lostSince atomic.Int64 // Unix nanoseconds; 0: connected
 }

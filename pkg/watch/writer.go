@@ -14,10 +14,13 @@ const (
 	services kind = iota
 	endpointSlices
 	nodes
+	serviceCIDRs
 	kinds
 )
 
-func (k kind) String() string { return [...]string{"Service", "EndpointSlice", "Node"}[k] }
+func (k kind) String() string {
+	return [...]string{"Service", "EndpointSlice", "Node", "ServiceCIDR"}[k]
+}
 
 // key is an object's name within its kind.
 type key struct{ namespace, name string }
@@ -29,21 +32,24 @@ func (k key) String() string {
 	return k.namespace + "/" + k.name
 }
 
-// record is one version of one object, converted. At most one of service, slice
-// and node is set; none means that the object exists but has no place in the
-// model, which for the store is the same as not existing.
+// record is one version of one object, converted. At most one of service, slice,
+// node and serviceCIDR is set; none means that the object exists but has no place
+// in the model, which for the store is the same as not existing.
 type record struct {
 	key
 	// version orders the versions of an object and tells them apart: 0 is
 	// unknown, and then every event counts. Resource versions of the API server
 	// are such numbers (KEP-5504).
-	version uint64
-	service *model.Service
-	slice   *model.Slice
-	node    *model.Node
+	version     uint64
+	service     *model.Service
+	slice       *model.Slice
+	node        *model.Node
+	serviceCIDR *model.ServiceCIDR
 }
 
-func (r *record) empty() bool { return r.service == nil && r.slice == nil && r.node == nil }
+func (r *record) empty() bool {
+	return r.service == nil && r.slice == nil && r.node == nil && r.serviceCIDR == nil
+}
 
 // event is one thing that happened at a source.
 type event struct {
@@ -196,6 +202,9 @@ func (w *writer) set(k kind, r *record) {
 	case nodes:
 		w.stats.NodeChanges.Add(1)
 		w.store.SetNode(r.node)
+	case serviceCIDRs:
+		w.stats.ServiceCIDRChanges.Add(1)
+		w.store.SetServiceCIDR(r.serviceCIDR)
 	}
 }
 
@@ -210,5 +219,8 @@ func (w *writer) unset(k kind, name key) {
 	case nodes:
 		w.stats.NodeChanges.Add(1)
 		w.store.SetNode(nil)
+	case serviceCIDRs:
+		w.stats.ServiceCIDRChanges.Add(1)
+		w.store.DeleteServiceCIDR(name.name)
 	}
 }

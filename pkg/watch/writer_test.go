@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net/netip"
 	"testing"
 	"testing/synctest"
 
@@ -173,6 +174,44 @@ func TestReplace(t *testing.T) {
 	}
 	if n := stats.ServiceChanges.Load(); n != 7 {
 		t.Errorf("%d changes counted, want 7 (2 added; 1 removed, 1 added; 1 removed, 1 changed; 1 added)", n)
+	}
+}
+
+// TestServiceCIDREvents: ServiceCIDRs take the way of all kinds, and the store is
+// synced with them or without.
+func TestServiceCIDREvents(t *testing.T) {
+	store := state.NewStore()
+	stats := &Stats{}
+	w := newWriter(store, stats)
+	at := func(name, prefix string, version uint64) *record {
+		return &record{key: key{"", name}, version: version,
+			serviceCIDR: &model.ServiceCIDR{Name: name, Prefixes: []netip.Prefix{netip.MustParsePrefix(prefix)}}}
+	}
+	for _, step := range []struct {
+		e    event
+		want string
+	}{
+		{event{all: []*record{at("a", "10.96.0.0/16", 1), at("b", "fd00:10:96::/112", 2)}}, "[10.96.0.0/16 fd00:10:96::/112]"},
+		{event{record: at("c", "10.97.0.0/16", 3)}, "[10.96.0.0/16 10.97.0.0/16 fd00:10:96::/112]"},
+		{event{gone: true, record: at("a", "10.96.0.0/16", 4)}, "[10.97.0.0/16 fd00:10:96::/112]"},
+		{event{record: at("a", "10.96.0.0/16", 1)}, "[10.97.0.0/16 fd00:10:96::/112]"}, // older than the deletion
+		{event{record: at("c", "10.98.0.0/16", 5)}, "[10.98.0.0/16 fd00:10:96::/112]"},
+		{event{record: at("c", "10.97.0.0/16", 3)}, "[10.98.0.0/16 fd00:10:96::/112]"}, // late
+		{event{all: []*record{at("b", "fd00:10:96::/112", 2), at("d", "10.99.0.0/16", 6)}}, "[10.99.0.0/16 fd00:10:96::/112]"},
+		{event{all: []*record{}}, "[]"},
+	} {
+		step.e.kind = serviceCIDRs
+		w.apply(step.e)
+		store.Publish()
+		if got := fmt.Sprint(store.Current().ServiceCIDRs()); got != step.want {
+			t.Errorf("after %+v: %s, want %s", step.e, got, step.want)
+		}
+	}
+	if store.Current().Synced() {
+		t.Error("synced by ServiceCIDRs alone")
+	}
+	if changes, stale := stats.ServiceCIDRChanges.Load(), stats.Stale.Load(); changes != 9 || stale != 2 {
+		t.Errorf("%d changes counted, want 9; %d stale, want 2", changes, stale)
 	}
 }
 

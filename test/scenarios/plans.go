@@ -52,9 +52,16 @@ var Schedulers = []string{"dh", "fo", "lblc", "lblcr", "lc", "mh", "nq", "ovf", 
 // makes them.
 func (s *Scenario) FactsIn(mode string, f model.Family) *plan.Facts {
 	facts := s.Facts(f)
-	if mode != "ipvs" {
-		return facts
+	switch mode {
+	case "ipvs":
+		s.ipvsFacts(f, facts)
+	case "nftables":
+		facts.ServiceCIDRs = s.serviceCIDRs(f)
 	}
+	return facts
+}
+
+func (s *Scenario) ipvsFacts(f model.Family, facts *plan.Facts) {
 	facts.LocalhostNodePorts = false // IPVS cannot
 	facts.Schedulers, facts.DefaultScheduler = Schedulers, "rr"
 	for _, a := range s.Cluster.Host(NodeName).Addrs {
@@ -63,7 +70,16 @@ func (s *Scenario) FactsIn(mode string, f model.Family) *plan.Facts {
 		}
 	}
 	slices.SortFunc(facts.OwnAddrs, netip.Addr.Compare)
-	return facts
+}
+
+func (s *Scenario) serviceCIDRs(f model.Family) (out []netip.Prefix) {
+	store, _ := s.store()
+	for _, p := range store.Current().ServiceCIDRs() {
+		if model.FamilyOf(p.Addr()) == f {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // Facts returns the node's facts for a family in iptables mode.
@@ -155,6 +171,11 @@ func (s *Scenario) store() (*state.Store, []string) {
 		if sl != nil {
 			store.SetSlice(sl)
 		}
+	}
+	for _, o := range s.CIDRs {
+		cidr, problems := c.ServiceCIDR(o)
+		note("ServiceCIDR", o.Name, "", problems)
+		store.SetServiceCIDR(cidr)
 	}
 	store.SetSynced()
 	store.Publish()

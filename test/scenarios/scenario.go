@@ -22,6 +22,7 @@ import (
 	"golang.org/x/tools/txtar"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
@@ -35,6 +36,7 @@ type Scenario struct {
 	Settings Settings
 	Services []*corev1.Service
 	Slices   []*discoveryv1.EndpointSlice
+	CIDRs    []*networkingv1.ServiceCIDR
 	Node     *corev1.Node // the own node; never nil
 	Flows    []Flow
 	Cluster  Cluster
@@ -198,6 +200,10 @@ func (s *Scenario) decodeKind(kind string, doc []byte) error {
 	case "EndpointSlice":
 		o := &discoveryv1.EndpointSlice{}
 		s.Slices = append(s.Slices, o)
+		return yaml.UnmarshalStrict(doc, o)
+	case "ServiceCIDR":
+		o := &networkingv1.ServiceCIDR{}
+		s.CIDRs = append(s.CIDRs, o)
 		return yaml.UnmarshalStrict(doc, o)
 	case "Node":
 		o := &corev1.Node{}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/test/trace"
 )
 
@@ -58,6 +59,42 @@ func TestPlans(t *testing.T) {
 	each(t, func(t *testing.T, s *Scenario) { golden(t, s, "plan", s.PlanText()) })
 }
 
+// TestServiceCIDRs: a scenario's ServiceCIDRs are facts in the mode that uses them,
+// and change no other's plans.
+func TestServiceCIDRs(t *testing.T) {
+	const text = "about\n-- objects.yaml --\nkind: Service\nmetadata: {name: a, namespace: b}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n"
+	const cidrs = "---\nkind: ServiceCIDR\nmetadata: {name: kubernetes}\nspec: {cidrs: [10.96.0.0/16, 'fd00:10:96::/112']}\n" +
+		"---\nkind: ServiceCIDR\nmetadata: {name: more}\nspec: {cidrs: [10.95.0.0/16]}\n"
+	without, err := Parse("without", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := Parse("with", []byte(text+cidrs))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		mode   string
+		family model.Family
+		want   string
+	}{
+		{"nftables", model.IPv4, "[10.95.0.0/16 10.96.0.0/16]"},
+		{"nftables", model.IPv6, "[fd00:10:96::/112]"},
+		{"iptables", model.IPv4, "[]"},
+		{"ipvs", model.IPv4, "[]"},
+	} {
+		if got := fmt.Sprint(s.SetIn(tc.mode, tc.family).Facts.ServiceCIDRs); got != tc.want {
+			t.Errorf("%s, %s: %s, want %s", tc.mode, tc.family, got, tc.want)
+		}
+	}
+	if f := without.FactsIn("nftables", model.IPv4); f.ServiceCIDRs != nil {
+		t.Errorf("without any: %v", f.ServiceCIDRs)
+	}
+	if got, want := s.PlanText(), without.PlanText(); got != want {
+		t.Errorf("the plans are others:\n%s", firstDifference(want, got))
+	}
+}
+
 // TestBadScenarios: a scenario that says something else than its author thinks
 // is worse than none.
 func TestBadScenarios(t *testing.T) {
@@ -68,6 +105,7 @@ func TestBadScenarios(t *testing.T) {
 		"about\n" + service + service:            "twice",
 		"about\n-- objects.yaml --\nkind: Pod\n": "Pod",
 		"about\n-- objects.yaml --\nkind: Service\nspek: {}\n":                                    "spek",
+		"about\n-- objects.yaml --\nkind: ServiceCIDR\nspec: {cidr: 10.96.0.0/16}\n":              "cidr",
 		"about\n-- objects.yaml --\nkind: Node\nmetadata: {name: x}\n":                            "node1",
 		"about\n-- settings.yaml --\nnodePortAddresses: [10.0.0.1]\n" + service:                   "nodePortAddresses",
 		"about\n-- settings.yaml --\nmasquerade: true\n" + service:                                "masquerade",
