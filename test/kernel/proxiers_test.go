@@ -56,10 +56,10 @@ func newNFTables(s *scenarios.Scenario, f model.Family) (proxier.Proxier, error)
 	return nftables.New(nftables.Options{Family: f, MasqueradeBit: 14, Detector: proxier.Detector(s.Detector(f))})
 }
 
-// prepareNFTables lets packets from 127.0.0.1 be translated, for node ports on
-// loopback.
+// prepareNFTables is prepareIPTables: FORWARD is iptables' in any mode.
 func prepareNFTables(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace) {
 	allowLoopback(t, s, node)
+	setForwardPolicy(t, s, node, "nft")
 }
 
 func programs(variant string, f model.Family) (iptables.Programs, error) {
@@ -86,13 +86,18 @@ func programs(variant string, f model.Family) (iptables.Programs, error) {
 func prepareIPTables(variant string) func(*testing.T, *scenarios.Scenario, *netlab.Namespace) {
 	return func(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace) {
 		allowLoopback(t, s, node)
-		for _, program := range []string{"iptables-" + variant, "ip6tables-" + variant} {
-			if _, err := exec.LookPath(program); err != nil || s.Settings.ForwardPolicy == "" {
-				continue // the proxier says so
-			}
-			if _, err := node.Run(t.Context(), program, "-w", "-P", "FORWARD", s.Settings.ForwardPolicy); err != nil {
-				t.Fatal(err)
-			}
+		setForwardPolicy(t, s, node, variant)
+	}
+}
+
+// setForwardPolicy gives the filter table's FORWARD chain the scenario's policy.
+func setForwardPolicy(t *testing.T, s *scenarios.Scenario, node *netlab.Namespace, variant string) {
+	for _, program := range []string{"iptables-" + variant, "ip6tables-" + variant} {
+		if _, err := exec.LookPath(program); err != nil || s.Settings.ForwardPolicy == "" {
+			continue // the proxier says so
+		}
+		if _, err := node.Run(t.Context(), program, "-w", "-P", "FORWARD", s.Settings.ForwardPolicy); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
