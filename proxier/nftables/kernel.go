@@ -22,7 +22,9 @@ type nfKernel struct {
 	table  string
 	conn   *nlbatch.Conn
 	most   int // bytes of a transaction
-	dirty  atomic.Bool
+
+	changes *nlbatch.Listener // nil where nobody follows
+	dirty   atomic.Bool       // somebody else has changed our table
 }
 
 var _ kernel = (*nfKernel)(nil)
@@ -59,8 +61,10 @@ func (k *nfKernel) begin(e *nlbatch.Encoder, typ, flags uint16) {
 	e.String(attrTable, k.table) // the first attribute of every kind of object
 }
 
-// policyAccept is NF_ACCEPT.
-const policyAccept = 1
+const (
+	policyAccept = 1 // NF_ACCEPT
+	headerSize   = 4 // of nfnetlink (nfgenmsg)
+)
 
 // attrTable is NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE and
 // NFTA_SET_ELEM_LIST_TABLE.

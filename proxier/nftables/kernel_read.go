@@ -17,10 +17,10 @@ const readTries = 5
 // dump lists objects of a kind in our table. body is without the header of nfnetlink.
 func (k *nfKernel) dump(ctx context.Context, typ uint16, got func(body []byte) error) error {
 	return k.conn.Dump(ctx, func(e *nlbatch.Encoder) { k.begin(e, typ, 0) }, func(b []byte) error {
-		if len(b) < 4 {
+		if len(b) < headerSize {
 			return errors.New("a message without header")
 		}
-		return got(b[4:])
+		return got(b[headerSize:])
 	})
 }
 
@@ -169,10 +169,10 @@ func (k *nfKernel) listElements(ctx context.Context, set setID, got func(c clien
 		k.begin(e, unix.NFT_MSG_GETSETELEM, 0)
 		e.String(unix.NFTA_SET_ELEM_LIST_SET, set.String())
 	}, func(b []byte) error {
-		if len(b) < 4 {
+		if len(b) < headerSize {
 			return errors.New("a message without header")
 		}
-		for _, v := range nlbatch.Attributes(first(b[4:], unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
+		for _, v := range nlbatch.Attributes(first(b[headerSize:], unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
 			if err := got(k.element(set, v)); err != nil {
 				return err
 			}

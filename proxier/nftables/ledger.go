@@ -62,7 +62,9 @@ type group struct {
 	// taken are elements of del that belong to another port so far, which gives them
 	// up in the same round.
 	taken []element
-	given map[key]bool // elements of was that another group takes
+	// given are elements of was that other groups take: the takers.
+	given  map[key]bool
+	takers []*group
 
 	refused error // why new is not in force
 }

@@ -196,4 +196,7 @@ type kernel interface {
 	// disturbed says whether somebody else has changed our table since it was asked
 	// the last time, as far as the kernel has told.
 	disturbed() bool
+	// follow hears what the kernel tells of changes by others until ctx ends, and
+	// raises the alarm when our table is among what changed.
+	follow(ctx context.Context, alarm func()) error
 }

@@ -47,6 +47,8 @@ type Proxier struct {
 	aside   map[model.PortKey]aside
 	told    map[model.PortKey]bool // refusals that have been reported and not taken back
 
+	alarm chan struct{} // capacity 1
+
 	written    bool // this process has written: what it finds changed is drift
 	verified   time.Time
 	verifyCost time.Duration
@@ -69,6 +71,9 @@ func New(o Options) (*Proxier, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := k.listen(); err != nil {
+		return nil, err
+	}
 	return newProxier(o, k), nil
 }
 
@@ -80,8 +85,22 @@ func newProxier(o Options, k kernel) *Proxier {
 		o.Refused = func(bool) {}
 	}
 	return &Proxier{o: o, c: newCompiler(&o), kernel: k, now: time.Now, ledger: newLedger(),
-		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}}
+		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, alarm: make(chan struct{}, 1)}
 }
+
+// Follow hears what the kernel tells of changes by others, until ctx ends. It may run
+// beside all other methods.
+func (x *Proxier) Follow(ctx context.Context) error {
+	return x.kernel.follow(ctx, func() {
+		select {
+		case x.alarm <- struct{}{}:
+		default:
+		}
+	})
+}
+
+// Alarm receives when somebody else has changed our table: it is time for a Check.
+func (x *Proxier) Alarm() <-chan struct{} { return x.alarm }
 
 // Forget drops what is believed about the kernel. The next Sync reads it.
 func (x *Proxier) Forget() {

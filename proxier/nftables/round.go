@@ -54,7 +54,30 @@ func (x *Proxier) changes(want *plan.Set) []*group {
 		add(nil, p)
 	}
 	x.compare(groups)
-	return groups
+	return takersFirst(groups)
+}
+
+// takersFirst puts whoever takes a frontend over before who gives it up, and deletes
+// the endpoints that its verdict has led to. Ports that swap frontends stay as they
+// are: they go in one transaction, if it is not too large.
+func takersFirst(groups []*group) []*group {
+	var out []*group
+	done := map[*group]bool{}
+	var visit func(g *group)
+	visit = func(g *group) {
+		if done[g] {
+			return
+		}
+		done[g] = true
+		for _, taker := range g.takers {
+			visit(taker)
+		}
+		out = append(out, g)
+	}
+	for _, g := range groups {
+		visit(g)
+	}
+	return out
 }
 
 // compare works out what groups delete and put. An element that one gives up and
@@ -79,7 +102,7 @@ func (x *Proxier) compare(groups []*group) {
 				g.del = append(g.del, old)
 				if from != g {
 					g.taken = append(g.taken, old)
-					from.give(e.key)
+					from.give(e.key, g)
 				}
 			}
 			g.put = append(g.put, e)
@@ -99,11 +122,14 @@ func (x *Proxier) compare(groups []*group) {
 	}
 }
 
-func (g *group) give(k key) {
+func (g *group) give(k key, to *group) {
 	if g.given == nil {
 		g.given = map[key]bool{}
 	}
 	g.given[k] = true
+	if !slices.Contains(g.takers, to) {
+		g.takers = append(g.takers, to)
+	}
 }
 
 // prepare writes what groups lead to: chains that are not there yet, and what facts
