@@ -30,6 +30,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/state"
 	"github.com/sluice-proxy/sluice/pkg/watch"
 	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/nftables"
 )
 
 // agent is everything that runs. Its fields are set before the first task
@@ -42,9 +43,11 @@ type agent struct {
 	events *eventWriter // nil without an API server
 	chosen config.Mode  // what the configuration asks for
 
-	ipvs     ipvsKernel
-	mode     mode         // in force
-	fellBack *unavailable // why it is not the chosen one; else nil
+	ipvs ipvsKernel
+	// probeNFTables is nftables.Probe.
+	probeNFTables func(context.Context, model.Family) (nftables.Host, error)
+	mode          mode         // in force
+	fellBack      *unavailable // why it is not the chosen one; else nil
 
 	problems *problemReporter
 
@@ -109,7 +112,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 }
 
 func newAgent(cfg *config.Config, log *slog.Logger) *agent {
-	a := &agent{log: log, store: state.NewStore(), detectors: map[model.Family]proxier.Detector{}, chosen: cfg.Mode, ipvs: systemIPVS()}
+	a := &agent{log: log, store: state.NewStore(), detectors: map[model.Family]proxier.Detector{}, chosen: cfg.Mode, ipvs: systemIPVS(), probeNFTables: nftables.Probe}
 	a.problems = &problemReporter{a: a, told: map[model.ServiceName]string{}}
 	a.cfg.Store(cfg)
 	return a
@@ -159,6 +162,9 @@ func (a *agent) serve(ctx context.Context, cfg *config.Config, start func(string
 	}
 	for _, f := range a.loops { // all are there before the first runs
 		start("dataplane "+f.family.String(), f.loop.Run)
+		if e, ok := f.plane.engine.(follower); ok {
+			start("changes by others "+f.family.String(), e.Follow)
+		}
 		if cfg.Conntrack.Cleanup {
 			start("conntrack "+f.family.String(), f.clean.Run)
 		}
@@ -285,6 +291,7 @@ func (a *agent) addFamily(p *dataplane) {
 		Family: p.family, Source: a.store, Dataplane: p, Then: then,
 		Facts:        func(snap *state.Snapshot) *plan.Facts { return a.factsOf(p.family, snap) },
 		FactsChanged: f.facts,
+		Alarm:        p.alarm(),
 		Periods:      a.periods,
 		Observer:     &observer{a: a, first: p.family == a.firstFamily(p)},
 		Log:          a.log,

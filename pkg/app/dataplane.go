@@ -38,6 +38,14 @@ type others struct {
 	next time.Time // of the next try
 }
 
+// alarm is nil where nobody tells of changes by others.
+func (p *dataplane) alarm() <-chan struct{} {
+	if e, ok := p.engine.(follower); ok {
+		return e.Alarm()
+	}
+	return nil
+}
+
 // othersPause is between tries to remove what others left.
 const othersPause = time.Minute
 

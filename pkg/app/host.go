@@ -97,8 +97,8 @@ func Cleanup(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		if err := host.cleanup(ctx, f, cfg.IPVS.ExcludeCIDRs); err != nil { // after the rules: they hold on to sets
 			errs = append(errs, fmt.Errorf("clean up ipvs mode of %s: %w", f, err))
 		}
-		if _, err := nftables.RemoveKubeProxy(f); err != nil {
-			errs = append(errs, err)
+		if err := nftables.CleanupHost(f); err != nil {
+			errs = append(errs, fmt.Errorf("clean up nftables mode of %s: %w", f, err))
 		}
 	}
 	if len(errs) == 0 {

@@ -47,6 +47,13 @@ type engine interface {
 	render(set *plan.Set, name model.ServiceName) string
 }
 
+// follower is an engine that is told by the kernel when others change what is ours.
+// Follow hears it until ctx ends, Alarm receives then.
+type follower interface {
+	Follow(ctx context.Context) error
+	Alarm() <-chan struct{}
+}
+
 // unavailable says that a mode cannot run here, though the configuration is right.
 // It is for answers that will be the same the next time: what follows from it, a
 // fallback, removes what the mode has in the kernel.
@@ -90,9 +97,10 @@ func (a *agent) modeOf(ctx context.Context, cfg *config.Config) (mode, error) {
 		return newIPTablesMode(a, cfg), nil
 	case config.ModeIPVS:
 		return newIPVSMode(ctx, a, cfg)
+	case config.ModeNFTables:
+		return newNFTablesMode(ctx, a, cfg)
 	}
-	return nil, &unavailable{mode: cfg.Mode, reason: "not in this version",
-		err: errors.New("this version of Sluice has the modes iptables and ipvs")}
+	return nil, fmt.Errorf("no mode %q", cfg.Mode)
 }
 
 // families are the IP families that this machine has.

@@ -86,6 +86,8 @@ func (m *iptablesMode) removeOthers(ctx context.Context, f model.Family) (string
 	return removeAll(
 		removal{"the ipvs mode's virtual servers, addresses, sets and chains (connections through the virtual servers end with them)",
 			func() (bool, error) { return m.a.ipvs.removeOther(ctx, f, m.cfg.IPVS.ExcludeCIDRs) }},
+		removal{"the nftables mode's table (established connections keep their translation and go on)",
+			func() (bool, error) { return nftables.RemoveObjects(f) }},
 		removal{"the table of kube-proxy's nftables mode", func() (bool, error) { return nftables.RemoveKubeProxy(f) }})
 }
 

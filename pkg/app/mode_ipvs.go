@@ -161,6 +161,8 @@ func (m *ipvsMode) removeOthers(ctx context.Context, f model.Family) (string, er
 	return removeAll(
 		removal{"the iptables mode's chains (established connections keep their translation and go on)",
 			func() (bool, error) { return iptables.RemoveObjects(ctx, f) }},
+		removal{"the nftables mode's table (established connections keep their translation and go on)",
+			func() (bool, error) { return nftables.RemoveObjects(f) }},
 		removal{"the table of kube-proxy's nftables mode", func() (bool, error) { return nftables.RemoveKubeProxy(f) }})
 }
 

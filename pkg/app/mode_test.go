@@ -24,6 +24,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/state"
 	"github.com/sluice-proxy/sluice/proxier"
 	"github.com/sluice-proxy/sluice/proxier/ipvs"
+	"github.com/sluice-proxy/sluice/proxier/nftables"
 )
 
 // fakeIPVS is a machine's IPVS as a test wants it.
@@ -127,10 +128,6 @@ func TestChooseMode(t *testing.T) {
 		{"no answer", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: map[model.Family]error{model.IPv4: busy, model.IPv6: busy}}, "",
 			[]string{"find out whether mode ipvs can serve IPv4", "lock is held"}, ""},
 		{"no answer for IPv4", []string{"--proxy-mode=ipvs"}, fakeIPVS{errs: map[model.Family]error{model.IPv4: busy}}, "", []string{"lock is held"}, ""},
-		{"nftables", []string{"--proxy-mode=nftables"}, fakeIPVS{}, config.ModeIPTables,
-			[]string{"level=WARN", "nftables", "has the modes iptables and ipvs"}, "not in this version"},
-		{"nftables, and nothing else will do", []string{"--proxy-mode=nftables", "--mode-fallback=false"}, fakeIPVS{}, "",
-			[]string{"mode nftables cannot run here", "modeFallback is off"}, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			a, cfg, log := agentFor(t, &tc.host, tc.args...)
@@ -155,12 +152,64 @@ func TestChooseMode(t *testing.T) {
 			if warnings := strings.Count(log.String(), "level=WARN"); warnings > 1 {
 				t.Errorf("%d warnings: %s", warnings, log)
 			}
-			reason := ""
-			if a.fellBack != nil {
-				reason = a.fellBack.reason
+			if got := reasonOf(a.fellBack); got != tc.reason {
+				t.Errorf("reason of the fallback: %q, want %q", got, tc.reason)
 			}
-			if reason != tc.reason {
-				t.Errorf("reason of the fallback: %q, want %q", reason, tc.reason)
+		})
+	}
+}
+
+func reasonOf(e *unavailable) string {
+	if e == nil {
+		return ""
+	}
+	return e.reason
+}
+
+// TestChooseNFTables: each thing that the kernel lacks is a line of its own, and a
+// question without an answer changes nothing.
+func TestChooseNFTables(t *testing.T) {
+	none := &nftables.Unavailable{Missing: []string{"lacks fib", "lacks numgen"}}
+	for _, tc := range []struct {
+		name   string
+		args   []string
+		v4, v6 error
+		want   config.Mode
+		says   []string
+		lines  int
+		reason string
+	}{
+		{"there", nil, nil, nil, config.ModeNFTables, nil, 0, ""},
+		{"not for IPv6", nil, nil, none, config.ModeNFTables, []string{"lacks fib", "lacks numgen"}, 2, ""},
+		{"not there", nil, none, none, config.ModeIPTables, []string{"lacks fib", "lacks numgen", "choose mode iptables"}, 5, "not possible on this node"},
+		{"not there, and nothing else will do", []string{"--mode-fallback=false"}, none, none, "", []string{"mode nftables cannot run here", "lacks fib", "modeFallback is off"}, 4, ""},
+		{"no answer", nil, nil, errors.New("no memory"), "", []string{"no memory", "nothing is changed"}, 0, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a, cfg, log := agentFor(t, &fakeIPVS{}, append(tc.args, "--proxy-mode=nftables")...)
+			a.probeNFTables = func(_ context.Context, f model.Family) (nftables.Host, error) {
+				return nftables.Host{}, map[model.Family]error{model.IPv4: tc.v4, model.IPv6: tc.v6}[f]
+			}
+			got, err := a.enterMode(t.Context(), cfg)
+			text := log.String()
+			if tc.want == "" {
+				if err == nil {
+					t.Fatalf("it starts in mode %s", got.Mode)
+				}
+				text += err.Error()
+			} else if err != nil || got.Mode != tc.want || a.cfg.Load() != got {
+				t.Fatalf("%v, error %v; want mode %s", got, err, tc.want)
+			}
+			for _, s := range tc.says {
+				if !strings.Contains(text, s) {
+					t.Errorf("%q does not say %q", text, s)
+				}
+			}
+			if lines := strings.Count(log.String(), "level=WARN"); lines != tc.lines {
+				t.Errorf("%d warnings, want %d: %s", lines, tc.lines, log)
+			}
+			if got := reasonOf(a.fellBack); got != tc.reason {
+				t.Errorf("reason of the fallback: %q, want %q", got, tc.reason)
 			}
 		})
 	}

@@ -81,7 +81,7 @@ type Config struct {
 
 	MasqueradeBit      int // of the packet mark, 0 to 31
 	MasqueradeAll      bool
-	LocalhostNodePorts bool // NodePorts on 127.0.0.1; true in iptables mode only
+	LocalhostNodePorts bool // NodePorts on 127.0.0.1; never true in ipvs mode
 	OOMScoreAdj        int
 
 	IPVS      IPVS

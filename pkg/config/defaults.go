@@ -68,6 +68,10 @@ func defaultForMode(c *v1alpha1.KubeProxyConfiguration) {
 	setIfZero(&c.DetectLocalMode, v1alpha1.LocalMode(LocalClusterCIDR))
 	if Mode(c.Mode) == ModeNFTables && len(c.NodePortAddresses) == 0 {
 		c.NodePortAddresses = []string{keywordPrimary}
+		// What works on 127.0.0.1 in iptables mode works here (kubernetes 132955).
+		if *c.IPTables.LocalhostNodePorts {
+			c.NodePortAddresses = append(c.NodePortAddresses, keywordLocalhost)
+		}
 	}
 }
 

@@ -21,7 +21,7 @@ func (c *Config) warn(format string, args ...any) {
 func (c *Config) deriveMode(ps *problems) {
 	k := c.KubeProxy
 	c.Mode = Mode(k.Mode)
-	c.LocalhostNodePorts = c.Mode == ModeIPTables && *k.IPTables.LocalhostNodePorts
+	c.LocalhostNodePorts = c.Mode != ModeIPVS && *k.IPTables.LocalhostNodePorts
 	switch c.Mode {
 	case ModeIPTables, ModeIPVS:
 		c.MasqueradeAll, c.MasqueradeBit = k.IPTables.MasqueradeAll, int(*k.IPTables.MasqueradeBit)

@@ -106,7 +106,7 @@ func (f *Flags) addForwarding(fs *pflag.FlagSet) {
 	fs.StringVar((*string)(&k.Mode), "proxy-mode", "", "Which proxy mode to use: 'iptables' (default), 'ipvs' or 'nftables'. --mode is the same flag.")
 	fs.Int32Var(k.IPTables.MasqueradeBit, "iptables-masquerade-bit", *k.IPTables.MasqueradeBit, "In the iptables and ipvs modes, the bit of the fwmark space to mark packets requiring SNAT with. Within the range [0, 31].")
 	fs.BoolVar(&f.masqueradeAll, "masquerade-all", false, "SNAT all traffic sent via Service cluster IPs.")
-	fs.BoolVar(k.IPTables.LocalhostNodePorts, "iptables-localhost-nodeports", true, "If false, NodePort services cannot be accessed via localhost. (Applies only to iptables mode and IPv4.)")
+	fs.BoolVar(k.IPTables.LocalhostNodePorts, "iptables-localhost-nodeports", true, "If false, NodePort services cannot be accessed via localhost. (Applies only to the iptables and nftables modes and IPv4.)")
 	fs.DurationVar(&f.iptablesSync, "iptables-sync-period", defaultSyncPeriod, "In the iptables and nftables modes, an interval (e.g. '5s', '1m', '2h22m') of re-synchronizing and cleanup. Must be greater than 0.")
 	fs.DurationVar(&f.iptablesMin, "iptables-min-sync-period", defaultMinSyncPeriod, "In the iptables and nftables modes, the minimum period between syncs. Imposed only if it is set; 0 syncs every change at once.")
 
@@ -114,7 +114,7 @@ func (f *Flags) addForwarding(fs *pflag.FlagSet) {
 	fs.StringVar(&k.ClusterCIDR, "cluster-cidr", "", "The CIDR range of the pods in the cluster, or a comma-separated dual-stack pair of them. With --detect-local-mode=ClusterCIDR, traffic from it is local. (Otherwise it is not used.)")
 	fs.StringVar(&k.DetectLocal.BridgeInterface, "pod-bridge-interface", "", "With --detect-local-mode=BridgeInterface, traffic that comes in by this bridge is local.")
 	fs.StringVar(&k.DetectLocal.InterfaceNamePrefix, "pod-interface-name-prefix", "", "With --detect-local-mode=InterfaceNamePrefix, traffic that comes in by an interface whose name begins so is local.")
-	fs.StringSliceVar(&k.NodePortAddresses, "nodeport-addresses", nil, "CIDR ranges and/or keywords: NodePorts are served on the node's addresses in them. Keywords: 'primary' (the Node object's primary addresses), 'localhost' (127.0.0.0/8 and ::1/128), 'all'. If unset: 'all' in the iptables and ipvs modes, 'primary' in the nftables mode.")
+	fs.StringSliceVar(&k.NodePortAddresses, "nodeport-addresses", nil, "CIDR ranges and/or keywords: NodePorts are served on the node's addresses in them. Keywords: 'primary' (the Node object's primary addresses), 'localhost' (127.0.0.0/8 and ::1/128), 'all'. If unset: 'all' in the iptables and ipvs modes, 'primary' and, unless --iptables-localhost-nodeports is false, 'localhost' in the nftables mode.")
 }
 
 func (f *Flags) addIPVS(fs *pflag.FlagSet) {

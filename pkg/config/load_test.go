@@ -1,6 +1,7 @@
 package config
 
 import (
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -69,8 +70,11 @@ func TestFileDefaults(t *testing.T) {
 		{"conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s}", func(c *Config) any { return c.Conntrack }, Conntrack{Min: 131072, TCPCloseWaitTimeout: time.Hour, Cleanup: true}},
 		{"", func(c *Config) any { return c.KubeProxy.Logging.Format }, "text"},
 		{"", func(c *Config) any { return c.NodePortAddresses.IPv4.All }, true},
-		{"mode: nftables", func(c *Config) any { return c.NodePortAddresses }, NodePortAddresses{IPv4: NodePortFilter{Primary: true}, IPv6: NodePortFilter{Primary: true}}},
-		{"mode: nftables", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"primary"}},
+		{"mode: nftables", func(c *Config) any { return c.NodePortAddresses }, NodePortAddresses{
+			IPv4: NodePortFilter{Primary: true, Prefixes: []netip.Prefix{loopback4}}, IPv6: NodePortFilter{Primary: true, Prefixes: []netip.Prefix{loopback6}}}},
+		{"mode: nftables", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"primary", "localhost"}},
+		{"mode: nftables\niptables: {localhostNodePorts: false}", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"primary"}},
+		{"mode: nftables\nnodePortAddresses: [10.0.0.0/8]", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"10.0.0.0/8"}},
 		{"clusterCIDR: 010.1.0.0/16", func(c *Config) any { return c.ClusterCIDRs[0].String() }, "10.1.0.0/16"},
 		{"ipvs: {excludeCIDRs: [x]}", func(c *Config) any { return len(c.IPVS.ExcludeCIDRs) }, 0},
 		{"---\n" + sluiceHeader + "manifests: /m\nconntrack: {cleanup: false}\ncheckPeriod: 3s", func(c *Config) any { return []any{c.Manifests, c.Conntrack.Cleanup, c.CheckPeriod} }, []any{"/m", false, 3 * time.Second}},
@@ -287,7 +291,7 @@ func TestWithMode(t *testing.T) {
 		t.Fatal(err)
 	}
 	sameConfig(t, got, loadFile(t, "mode: iptables\nnftables: {masqueradeBit: 3, syncPeriod: 9s}\niptables: {masqueradeBit: 4, syncPeriod: 8s}\n"))
-	if c.Mode != ModeNFTables || c.SyncPeriod != 9*time.Second || len(c.KubeProxy.NodePortAddresses) != 1 {
+	if c.Mode != ModeNFTables || c.SyncPeriod != 9*time.Second || len(c.KubeProxy.NodePortAddresses) != 2 {
 		t.Errorf("WithMode changed the configuration that it was called on")
 	}
 	if _, err := c.WithMode("userspace"); err == nil {

@@ -95,10 +95,13 @@ type Options struct {
 	Facts        func(*state.Snapshot) *plan.Facts
 	FactsChanged <-chan struct{}
 	Dataplane    Dataplane
-	Then         []Sink // told of each Set that is in force
-	Periods      func() Periods
-	Observer     Observer
-	Log          *slog.Logger
+	// Alarm receives when it is time for the Dataplane to look for changes made by
+	// others; nil if nobody tells.
+	Alarm    <-chan struct{}
+	Then     []Sink // told of each Set that is in force
+	Periods  func() Periods
+	Observer Observer
+	Log      *slog.Logger
 }
 
 // Loop reconciles one family. Its Run owns everything in it but the last Set.
@@ -145,6 +148,10 @@ func (l *Loop) Run(ctx context.Context) error {
 		case <-changed: // a new Snapshot
 		case <-l.o.FactsChanged: // the node or the settings
 		case <-again.C: // time to try again, or the rest is over
+		case <-l.o.Alarm: // somebody else changed something
+			if l.check(ctx) {
+				continue
+			}
 		case <-check.C: // look whether somebody else changed something
 			check.Reset(l.o.Periods().Check)
 			if l.check(ctx) {

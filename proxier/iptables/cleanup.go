@@ -47,8 +47,14 @@ func (x *Proxier) Cleanup(ctx context.Context) error {
 // CleanupHost removes what Cleanup removes, in every variant that is installed
 // and in use.
 func CleanupHost(ctx context.Context, family model.Family) error {
-	_, err := xtables.RemoveHost(ctx, family, all)
+	_, err := RemoveAll(ctx, family)
 	return err
+}
+
+// RemoveAll removes what Cleanup removes, in every variant, for a change to a mode
+// that has no chains of iptables. It says whether there was anything.
+func RemoveAll(ctx context.Context, family model.Family) (bool, error) {
+	return xtables.RemoveHost(ctx, family, all)
 }
 
 // RemoveObjects removes, in every variant, what this mode has written and ipvs

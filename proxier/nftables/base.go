@@ -3,21 +3,28 @@ package nftables
 import (
 	"net/netip"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+)
+
+// Hooks of IPv4 and IPv6 (linux/netfilter.h).
+const (
+	inPrerouting = iota
+	inInput
+	inForward
+	inOutput
+	inPostrouting
 )
 
 // The hooks. Translation is at nftables' own priorities, so that what others do
 // before or after it keeps its place.
 var (
-	hookPrerouting  = &hook{"nat", "prerouting", unix.NF_INET_PRE_ROUTING, -100, "dstnat"}
-	hookOutput      = &hook{"nat", "output", unix.NF_INET_LOCAL_OUT, -100, "-100"}
-	hookPostrouting = &hook{"nat", "postrouting", unix.NF_INET_POST_ROUTING, 100, "srcnat"}
-	hookForward     = &hook{"filter", "forward", unix.NF_INET_FORWARD, 0, "filter"}
-	hookInput       = &hook{"filter", "input", unix.NF_INET_LOCAL_IN, 0, "filter"}
-	hookCountOut    = &hook{"filter", "output", unix.NF_INET_LOCAL_OUT, 0, "filter"}
+	hookPrerouting  = &hook{"nat", "prerouting", inPrerouting, -100, "dstnat"}
+	hookOutput      = &hook{"nat", "output", inOutput, -100, "-100"}
+	hookPostrouting = &hook{"nat", "postrouting", inPostrouting, 100, "srcnat"}
+	hookForward     = &hook{"filter", "forward", inForward, 0, "filter"}
+	hookInput       = &hook{"filter", "input", inInput, 0, "filter"}
+	hookCountOut    = &hook{"filter", "output", inOutput, 0, "filter"}
 )
 
 var (

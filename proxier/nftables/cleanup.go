@@ -4,8 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 )
@@ -41,7 +40,7 @@ func removeTable(f model.Family, name string) (bool, error) {
 	}
 	defer k.conn.Close()
 	there, err := k.there(context.Background())
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EOPNOTSUPP) || errors.Is(err, syscall.EAFNOSUPPORT) {
 		return false, nil // no nf_tables in this kernel
 	}
 	if err != nil || !there {

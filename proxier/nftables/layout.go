@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"net/netip"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/sluice-proxy/sluice/pkg/model"
 )
 
@@ -196,6 +194,7 @@ const (
 	ip6Source, ip6Destination                     = 8, 9
 	transportDestination                          = 2
 	metaL4Proto                                   = 16
+	numgenRandom                                  = 1
 )
 
 func note(typ byte, v []byte) []byte { return append([]byte{typ, byte(len(v))}, v...) }
@@ -230,7 +229,7 @@ func (f field) note(family model.Family) []byte {
 	case fieldProtocol:
 		return join(note32(noteKind, kindMeta), note(noteBody, note32(0, metaL4Proto)))
 	case fieldIndex:
-		return join(note32(noteKind, kindNumgen), note(noteBody, join(note32(0, unix.NFT_NG_RANDOM), note32(1, 1<<16), note32(2, 0))))
+		return join(note32(noteKind, kindNumgen), note(noteBody, join(note32(0, numgenRandom), note32(1, 1<<16), note32(2, 0))))
 	}
 	return nil
 }

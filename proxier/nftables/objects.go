@@ -6,8 +6,6 @@ import (
 	"net/netip"
 	"strings"
 
-	"github.com/google/nftables/expr"
-
 	"github.com/sluice-proxy/sluice/pkg/model"
 )
 
@@ -71,13 +69,6 @@ func (k key) text() string {
 		}
 	}
 	return strings.Join(parts, " . ")
-}
-
-// rule is one rule: what nft prints, and what the kernel runs. The text is no
-// decoration: tests hold it against what nft lists.
-type rule struct {
-	text  string
-	exprs []expr.Any
 }
 
 // hook is where the kernel enters a base chain.

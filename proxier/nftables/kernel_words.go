@@ -16,6 +16,13 @@ import (
 // This file is the little of the language of nftables that rules are made of. Each
 // statement is the text that nft prints of it together with the kernel's expressions.
 
+// rule is one rule: what nft prints, and what the kernel runs. The text is no
+// decoration: tests hold it against what nft lists.
+type rule struct {
+	text  string
+	exprs []expr.Any
+}
+
 // reg is one of the kernel's sixteen 32-bit registers.
 type reg uint32
 
