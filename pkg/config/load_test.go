@@ -1,7 +1,7 @@
 package config
 
 import (
-	"net/netip"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -70,8 +70,7 @@ func TestFileDefaults(t *testing.T) {
 		{"conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s}", func(c *Config) any { return c.Conntrack }, Conntrack{Min: 131072, TCPCloseWaitTimeout: time.Hour, Cleanup: true}},
 		{"", func(c *Config) any { return c.KubeProxy.Logging.Format }, "text"},
 		{"", func(c *Config) any { return c.NodePortAddresses.IPv4.All }, true},
-		{"mode: nftables", func(c *Config) any { return c.NodePortAddresses }, NodePortAddresses{
-			IPv4: NodePortFilter{Primary: true, Prefixes: []netip.Prefix{loopback4}}, IPv6: NodePortFilter{Primary: true, Prefixes: []netip.Prefix{loopback6}}}},
+		{"mode: nftables", func(c *Config) any { return fmt.Sprint(c.NodePortAddresses) }, "{{false true [127.0.0.0/8]} {false true [::1/128]}}"},
 		{"mode: nftables", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"primary", "localhost"}},
 		{"mode: nftables\niptables: {localhostNodePorts: false}", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"primary"}},
 		{"mode: nftables\nnodePortAddresses: [10.0.0.0/8]", func(c *Config) any { return c.KubeProxy.NodePortAddresses }, []string{"10.0.0.0/8"}},
