@@ -24,7 +24,12 @@ var (
 	hookPostrouting = &hook{"nat", "postrouting", inPostrouting, 100, "srcnat"}
 	hookForward     = &hook{"filter", "forward", inForward, 0, "filter"}
 	hookInput       = &hook{"filter", "input", inInput, 0, "filter"}
-	hookCountOut    = &hook{"filter", "output", inOutput, 0, "filter"}
+
+	// Before translation, and after it.
+	hookCountIn       = &hook{"filter", "prerouting", inPrerouting, -150, "mangle"}
+	hookCountOwn      = &hook{"filter", "output", inOutput, -150, "mangle"}
+	hookCountOut      = &hook{"filter", "postrouting", inPostrouting, 150, "srcnat + 50"}
+	hookCountReturned = &hook{"filter", "input", inInput, 150, "150"}
 )
 
 var (
@@ -54,6 +59,9 @@ func (c compiler) base(o *Options, facts *plan.Facts, complete bool) static {
 			chain{name: chainMartian, rules: []rule{newRule(ctKnown(), returns()), newRule(ctTranslated(), returns()), newRule(drop())}},
 			chain{name: chainInput, hook: hookInput, rules: []rule{newRule(
 				c.within(c.daddr(), loopback4, false), c.within(c.saddr(), loopback4, true), jump(chainMartian))}})
+	}
+	if o.Traffic > 0 {
+		s.chains = append(s.chains, c.counting()...)
 	}
 	for _, a := range nodePortAddresses(facts) {
 		s.elements = append(s.elements, element{key: key{set: setNodePortAddresses, addr: a}})

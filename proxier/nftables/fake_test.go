@@ -257,6 +257,8 @@ func (f *fakeKernel) forget(_ context.Context, set setID, list []client) error {
 	return nil
 }
 
+func (f *fakeKernel) counters(context.Context, setID, func(key, Count)) error { return nil }
+
 func (f *fakeKernel) disturbed() bool {
 	was := f.dirty
 	f.dirty = false

@@ -25,7 +25,7 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
 	if x.written {
 		f.report(x)
 	}
-	x.applied, x.written = want, true
+	x.applied, x.written, x.census = want, true, f.census
 	return x.forgetClients(ctx, f.clients)
 }
 
@@ -57,6 +57,7 @@ type full struct {
 	stale  map[key]element
 	chains []chainSpec
 	ledger ledger
+	census census
 	// clients are the frontends with affinity, and who may be behind them.
 	clients stale
 
@@ -69,7 +70,7 @@ type full struct {
 // compareAll reads what is there and holds it against what is wanted.
 func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*plan.Plan) bool) (*full, error) {
 	start := x.now()
-	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, ledger: newLedger(), clients: stale{}}
+	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
 	f.collect()
 	x.kernel.disturbed() // what happened before now is seen now
 	var err error
@@ -103,7 +104,7 @@ func (f *full) plans(yield func(*plan.Plan) bool) {
 func (f *full) collect() {
 	f.wanted = make([]uint64, 0, 2*f.want.Len()+f.want.Endpoints)
 	for p := range f.plans {
-		rs := f.x.c.compile(p)
+		rs := f.x.compile(p, f.census)
 		for _, e := range rs.elements {
 			f.wanted = append(f.wanted, f.hash(e))
 		}
@@ -155,7 +156,7 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 	}
 	rest := f.chainsToDelete()
 	x.ledger = f.ledger
-	refused, err := x.run(ctx, f.groups, believedWrong)
+	refused, err := x.run(ctx, f.groups, startBytes, believedWrong)
 	if err != nil {
 		return err
 	}
@@ -275,7 +276,7 @@ func (f *full) groups(yield func(*group) bool) {
 		return
 	}
 	for p := range f.plans {
-		rs := f.x.c.compile(p)
+		rs := f.x.compile(p, f.census)
 		g := &group{new: p}
 		f.fill(g, rs.elements)
 		for _, e := range rs.shared {
@@ -311,7 +312,7 @@ func (f *full) removeRefused(ctx context.Context, refused []*group) error {
 	var back []*group
 	for _, g := range refused {
 		f.x.setAside(g.new, g.refused)
-		rs := f.x.c.compile(g.new)
+		rs := f.x.compile(g.new, f.census)
 		lost := map[key]bool{}
 		for _, e := range g.put {
 			lost[e.key] = true

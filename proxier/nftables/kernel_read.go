@@ -165,6 +165,11 @@ func (k *nfKernel) readSet(ctx context.Context, set setID, a *actual, got func(e
 }
 
 func (k *nfKernel) listElements(ctx context.Context, set setID, got func(c client, ok bool) error) error {
+	return k.listRaw(ctx, set, func(b []byte) error { return got(k.element(set, b)) })
+}
+
+// listRaw lists a set's elements as the kernel writes them.
+func (k *nfKernel) listRaw(ctx context.Context, set setID, got func(b []byte) error) error {
 	return k.conn.DumpThrough(ctx, func(e *nlbatch.Encoder) {
 		k.begin(e, unix.NFT_MSG_GETSETELEM, 0)
 		e.String(unix.NFTA_SET_ELEM_LIST_SET, set.String())
@@ -173,7 +178,7 @@ func (k *nfKernel) listElements(ctx context.Context, set setID, got func(c clien
 			return errors.New("a message without header")
 		}
 		for _, v := range nlbatch.Attributes(first(b[headerSize:], unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
-			if err := got(k.element(set, v)); err != nil {
+			if err := got(v); err != nil {
 				return err
 			}
 		}
@@ -197,6 +202,9 @@ func (k *nfKernel) element(set setID, b []byte) (c client, ok bool) {
 	c.key, c.from, ok = parseKey(set, k.family, keyBytes, end)
 	if !ok || set == setHairpin && c.from != c.addr {
 		return c, false
+	}
+	if set == setReplies {
+		c.addr = c.from // the frontend's, which is the source here
 	}
 	switch spec := setSpecs[set]; {
 	case spec.value == nil:
@@ -249,6 +257,34 @@ func (k *nfKernel) clients(ctx context.Context, set setID, got func(client)) err
 		return fmt.Errorf("list %s: %w", set, err)
 	}
 	return nil
+}
+
+// counters implements kernel.
+func (k *nfKernel) counters(ctx context.Context, set setID, got func(key, Count)) error {
+	err := k.listRaw(ctx, set, func(b []byte) error {
+		if c, ok := k.element(set, b); ok {
+			got(c.key, parseCount(first(b, unix.NFTA_SET_ELEM_EXPR)))
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("list %s: %w", set, err)
+	}
+	return nil
+}
+
+// parseCount reads a counter expression.
+func parseCount(b []byte) (n Count) {
+	for t, v := range nlbatch.Attributes(first(b, unix.NFTA_EXPR_DATA)) {
+		switch {
+		case len(v) < 8:
+		case t == unix.NFTA_COUNTER_BYTES:
+			n.Bytes = binary.BigEndian.Uint64(v)
+		case t == unix.NFTA_COUNTER_PACKETS:
+			n.Packets = binary.BigEndian.Uint64(v)
+		}
+	}
+	return n
 }
 
 // forgetMost is how many clients are forgotten in one transaction.

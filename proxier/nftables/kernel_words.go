@@ -75,6 +75,12 @@ func dport() operand {
 	}}
 }
 
+func sport() operand {
+	return operand{"th sport", 1, func(into reg) expr.Any {
+		return &expr.Payload{DestRegister: uint32(into), Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2}
+	}}
+}
+
 // random is a number below n, another one for each packet.
 func random(n int) operand {
 	return operand{fmt.Sprintf("numgen random mod %d", n), 1, func(into reg) expr.Any {

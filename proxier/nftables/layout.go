@@ -20,7 +20,7 @@ func (f field) size(family model.Family) int {
 		return 4
 	case fieldProtocol:
 		return 1
-	case fieldPort:
+	case fieldPort, fieldServerPort:
 		return 2
 	case fieldIndex:
 		return 4
@@ -54,7 +54,7 @@ func (f field) datatype(family model.Family) uint32 {
 	switch f {
 	case fieldProtocol:
 		return typeProto
-	case fieldPort:
+	case fieldPort, fieldServerPort:
 		return typeService
 	case fieldIndex:
 		return typeInteger
@@ -91,7 +91,7 @@ func (k key) appendFor(from netip.Addr, b []byte, end bool) []byte {
 			b = append(b, from.AsSlice()...)
 		case fieldProtocol:
 			b = append(b, byte(k.protocol), 0, 0, 0)
-		case fieldPort:
+		case fieldPort, fieldServerPort:
 			b = append(binary.BigEndian.AppendUint16(b, k.port), 0, 0)
 		case fieldIndex:
 			b = binary.NativeEndian.AppendUint32(b, k.index)
@@ -140,7 +140,7 @@ func parseKey(set setID, family model.Family, b, end []byte) (k key, from netip.
 			from, _ = netip.AddrFromSlice(v)
 		case fieldProtocol:
 			k.protocol = model.Protocol(v[0])
-		case fieldPort:
+		case fieldPort, fieldServerPort:
 			k.port = binary.BigEndian.Uint16(v)
 		case fieldIndex:
 			k.index = binary.NativeEndian.Uint32(v)
@@ -192,7 +192,7 @@ const (
 	protoTransport, protoIP, protoIP6             = 11, 12, 13
 	ipSource, ipDestination                       = 11, 12
 	ip6Source, ip6Destination                     = 8, 9
-	transportDestination                          = 2
+	transportSource, transportDestination         = 1, 2
 	metaL4Proto                                   = 16
 	numgenRandom                                  = 1
 )
@@ -226,6 +226,8 @@ func (f field) note(family model.Family) []byte {
 		return payloadNote(proto, source)
 	case fieldPort:
 		return payloadNote(protoTransport, transportDestination)
+	case fieldServerPort:
+		return payloadNote(protoTransport, transportSource)
 	case fieldProtocol:
 		return join(note32(noteKind, kindMeta), note(noteBody, note32(0, metaL4Proto)))
 	case fieldIndex:

@@ -35,8 +35,11 @@ const (
 	setHairpin           // endpoints on this node, as client and server of one connection
 	setNodePortAddresses // where node ports are served, if not everywhere
 
-	setTraffic     // counters of frontends, where asked for
-	setPortTraffic // counters of node ports
+	// Counters of frontends and of node ports, where asked for.
+	setRequests
+	setReplies
+	setPortRequests
+	setPortReplies
 
 	setCount
 )
@@ -48,10 +51,11 @@ const (
 	fieldAddr     field = iota // an address of the family
 	fieldProtocol              // of the transport layer
 	fieldPort
-	fieldIndex   // of an endpoint: 32 bits in the machine's byte order
-	fieldSource  // an address that stands for a client's: the second one of a key, or a range
-	fieldClient  // the client's address, first in a key
-	fieldVerdict // what happens; alone
+	fieldIndex      // of an endpoint: 32 bits in the machine's byte order
+	fieldSource     // an address that stands for a client's: the second one of a key, or a range
+	fieldClient     // the client's address, first in a key
+	fieldServerPort // the port that a packet comes from, where that is the frontend's
+	fieldVerdict    // what happens; alone
 )
 
 // setSpec is how a set is created.
@@ -94,8 +98,10 @@ var setSpecs = [setCount]setSpec{
 	setHairpin:           {name: "hairpin", key: fields([]field{fieldClient}, frontendKey...)},
 	setNodePortAddresses: {name: "node-port-addresses", key: []field{fieldAddr}},
 
-	setTraffic:     {name: "traffic", key: frontendKey, counter: true},
-	setPortTraffic: {name: "node-port-traffic", key: nodePortKey, counter: true},
+	setRequests:     {name: "requests", key: frontendKey, counter: true},
+	setReplies:      {name: "replies", key: fields([]field{fieldClient}, fieldProtocol, fieldServerPort), counter: true},
+	setPortRequests: {name: "node-port-requests", key: nodePortKey, counter: true},
+	setPortReplies:  {name: "node-port-replies", key: []field{fieldProtocol, fieldServerPort}, counter: true},
 }
 
 func (s setID) String() string { return setSpecs[s].name }
@@ -134,13 +140,17 @@ const (
 	chainPostrouting = "nat-postrouting"
 	chainForward     = "filter-forward"
 	chainInput       = "filter-input"
-	chainCountOut    = "filter-output"
+
+	chainCountIn       = "count-prerouting"
+	chainCountOwn      = "count-output"
+	chainCountOut      = "count-postrouting"
+	chainCountReturned = "count-input"
+	chainRequests      = "count-requests"
+	chainReplies       = "count-replies"
 
 	chainServices = "services"
-	chainUnserved = "unserved"
 	chainReject   = "reject-all"
 	chainMartian  = "martian"
-	chainCount    = "count"
 )
 
 // word is the family as nft writes it.

@@ -60,7 +60,7 @@ func (k key) text() string {
 			parts = append(parts, k.addr.String())
 		case fieldProtocol:
 			parts = append(parts, k.protocol.String())
-		case fieldPort:
+		case fieldPort, fieldServerPort:
 			parts = append(parts, fmt.Sprint(k.port))
 		case fieldIndex:
 			parts = append(parts, fmt.Sprint(k.index))
@@ -184,6 +184,8 @@ type kernel interface {
 	// elements, those that are gone already included.
 	clients(ctx context.Context, set setID, got func(client)) error
 	forget(ctx context.Context, set setID, list []client) error
+	// counters lists the elements of a set that counts.
+	counters(ctx context.Context, set setID, got func(key, Count)) error
 	// disturbed says whether somebody else has changed our table since it was asked
 	// the last time, as far as the kernel has told.
 	disturbed() bool

@@ -18,6 +18,7 @@ type Options struct {
 	MasqueradeBit int              // bit of the packet mark, 0 to 31
 	Detector      proxier.Detector // must agree with Facts.DetectLocal
 	AcceptInvalid bool             // do not drop packets that conntrack calls invalid
+	Traffic       int              // how many Service ports are counted at the most: see Proxier.Traffic
 
 	Report proxier.Reporter // may be nil
 	// Refused, if not nil, is told of each transaction that the kernel refused;
@@ -43,6 +44,7 @@ type Proxier struct {
 	// and must be read first.
 	applied *plan.Set
 	ledger  ledger
+	census  census
 	aside   map[model.PortKey]aside
 	told    map[model.PortKey]bool // refusals that have been reported and not taken back
 
@@ -100,6 +102,15 @@ func (x *Proxier) Follow(ctx context.Context) error {
 
 // Alarm receives when somebody else has changed our table: it is time for a Check.
 func (x *Proxier) Alarm() <-chan struct{} { return x.alarm }
+
+// compile gives a plan's ruleset, with counters if it is counted.
+func (x *Proxier) compile(p *plan.Plan, c census) ruleset {
+	rs := x.c.compile(p)
+	if c.counts(p.PortKey) {
+		rs.count(p)
+	}
+	return rs
+}
 
 // Forget drops what is believed about the kernel. The next Sync reads it.
 func (x *Proxier) Forget() {

@@ -18,8 +18,12 @@ func Render(set *plan.Set, o Options) string {
 	elements := base.elements
 	chains := base.chains
 	seen := map[chainSpec]bool{}
+	counted := newCensus(o.Traffic, set)
 	for _, p := range set.Sorted() {
 		rs := c.compile(p)
+		if counted.counts(p.PortKey) {
+			rs.count(p)
+		}
 		elements = append(append(elements, rs.elements...), rs.shared...)
 		for _, s := range rs.chains {
 			if !seen[s] {
@@ -104,6 +108,9 @@ func (c compiler) renderSet(b *strings.Builder, set setID, elements []element) {
 	if spec.ranges {
 		b.WriteString("\t\tflags interval\n")
 	}
+	if spec.counter {
+		b.WriteString("\t\tcounter\n")
+	}
 	fmt.Fprintf(b, "\t\telements = { %s }\n\t}\n\n", strings.Join(list, ",\n\t\t\t     "))
 }
 
@@ -132,6 +139,8 @@ func (x field) word(f model.Family) string {
 		return "meta l4proto"
 	case fieldPort:
 		return "th dport"
+	case fieldServerPort:
+		return "th sport"
 	case fieldIndex:
 		return "numgen random mod 65536"
 	}

@@ -7,54 +7,75 @@ import (
 	"iter"
 	"slices"
 
+	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier/internal/nlbatch"
 )
 
-// transactionBytes is how large transactions are made: large enough that what each
-// costs by itself does not matter, and small enough that others, who wait for the
-// kernel's lock meanwhile, do not notice.
-const transactionBytes = 128 << 10
+// How large transactions are made: so large that what each costs by itself does not
+// matter, and so small that others, who wait for the kernel's lock meanwhile, hardly
+// notice. In a start each has verdicts, and with each the kernel looks through all
+// that are there.
+const (
+	transactionBytes = 128 << 10
+	startBytes       = 2 << 20
+)
 
 // syncChanges writes the difference between the last applied Set and want.
 func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
-	groups := x.changes(want)
+	groups, next := x.changes(want)
 	if err := x.prepare(ctx, want, groups); err != nil {
 		return err
 	}
-	if _, err := x.run(ctx, slices.Values(groups), believedWrong); err != nil {
+	if _, err := x.run(ctx, slices.Values(groups), transactionBytes, believedWrong); err != nil {
 		return err
 	}
 	if err := x.conclude(ctx, groups); err != nil {
 		return err
 	}
 	x.settleAside(want)
-	x.applied, x.written = want, true
+	x.applied, x.written, x.census = want, true, next
 	return x.forgetClients(ctx, staleOf(groups))
 }
 
 // changes gives a group for every plan that changes, or is tried again.
-func (x *Proxier) changes(want *plan.Set) []*group {
+func (x *Proxier) changes(want *plan.Set) ([]*group, census) {
 	again := x.readmit(want)
+	var come, gone []model.PortKey
+	plan.Changes(x.applied, want, func(old, new *plan.Plan) bool {
+		switch {
+		case old == nil:
+			come = append(come, new.PortKey)
+		case new == nil:
+			gone = append(gone, old.PortKey)
+		}
+		return true
+	})
+	next, crossed := x.census.change(come, gone)
 	var groups []*group
 	add := func(old, new *plan.Plan) {
 		g := &group{}
 		if old != nil && x.inForce(old) {
-			g.old, g.was = old, x.c.compile(old)
+			g.old, g.was = old, x.compile(old, x.census)
 		}
 		if new != nil && x.keep(new) {
-			g.new, g.is = new, x.c.compile(new)
+			g.new, g.is = new, x.compile(new, next)
 		}
 		if g.old != nil || g.new != nil {
 			groups = append(groups, g)
 		}
 	}
 	plan.Changes(x.applied, want, func(old, new *plan.Plan) bool { add(old, new); return true })
+	for _, k := range crossed {
+		if p := want.Get(k); p != nil && p == x.applied.Get(k) && x.inForce(p) {
+			add(p, p)
+		}
+	}
 	for _, p := range again {
 		add(nil, p)
 	}
 	x.compare(groups)
-	return takersFirst(groups)
+	return takersFirst(groups), next
 }
 
 // takersFirst puts whoever takes a frontend over before who gives it up, and deletes
@@ -213,16 +234,16 @@ func (x *Proxier) conclude(ctx context.Context, groups []*group) error {
 
 // remove commits groups that only delete: no refusal is to be expected.
 func (x *Proxier) remove(ctx context.Context, groups iter.Seq[*group]) error {
-	if _, err := x.run(ctx, groups, func(error) bool { return true }); err != nil {
+	if _, err := x.run(ctx, groups, startBytes, func(error) bool { return true }); err != nil {
 		return fmt.Errorf("delete what is not needed any more: %w", err)
 	}
 	return nil
 }
 
-// run commits groups, many in a transaction, and returns those that the kernel
-// refused. fatal says which refusals are nobody's fault, but a sign that something
+// run commits groups, as many in a transaction as most bytes hold, and returns those
+// that the kernel refused. fatal says which refusals are nobody's fault, but a sign that something
 // else is wrong: those end the round. It holds no more groups than one transaction's.
-func (x *Proxier) run(ctx context.Context, groups iter.Seq[*group], fatal func(error) bool) (refused []*group, err error) {
+func (x *Proxier) run(ctx context.Context, groups iter.Seq[*group], most int, fatal func(error) bool) (refused []*group, err error) {
 	var batch []*group
 	size := 0
 	flush := func() error {
@@ -237,7 +258,7 @@ func (x *Proxier) run(ctx context.Context, groups iter.Seq[*group], fatal func(e
 	}
 	for g := range groups {
 		n := x.sizeOf(g.messages())
-		if size > 0 && size+n > min(transactionBytes, x.kernel.room()) {
+		if size > 0 && size+n > min(most, x.kernel.room()) {
 			if err := flush(); err != nil {
 				return refused, err
 			}
