@@ -256,6 +256,11 @@ func (a *agent) registerMetrics(cfg *config.Config, planes []*dataplane) error {
 			return fmt.Errorf("register metrics: %w", err)
 		}
 	}
+	if cfg.Mode == config.ModeNFTables && cfg.ServiceTraffic > 0 {
+		if err := metrics.RegisterServiceTraffic(a.serviceTraffic); err != nil {
+			return fmt.Errorf("register metrics: %w", err)
+		}
+	}
 	for gate, on := range cfg.FeatureGates {
 		metrics.SetFeature(gate, "", on)
 	}

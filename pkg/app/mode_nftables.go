@@ -74,6 +74,7 @@ func (m *nftablesMode) open(_ context.Context, p *dataplane, d proxier.Detector)
 		m.a.log.Warn("nftables mode is limited here", "ipFamily", p.family, "limit", limit)
 	}
 	o := nftables.Options{Family: p.family, MasqueradeBit: m.cfg.MasqueradeBit, Detector: d, Report: p,
+		Traffic:       m.cfg.ServiceTraffic,
 		AcceptInvalid: m.cfg.Conntrack.TCPBeLiberal || conntrackIsLiberal(),
 		Refused: func(cleanup bool) {
 			if cleanup {
@@ -94,6 +95,29 @@ func (m *nftablesMode) prepare() {
 		m.a.log.Warn("This kernel is older than those that nftables mode is tested with, and that kube-proxy's accepts; it has all that the rules need",
 			"kernel", v, "oldestTested", oldestTested)
 	}
+}
+
+// serviceTraffic reads the counters of all families' Service ports, for the metrics.
+func (a *agent) serviceTraffic() metrics.ServiceTraffic {
+	var out metrics.ServiceTraffic
+	for _, l := range a.loops {
+		e, ok := l.plane.engine.(nftablesEngine)
+		set := l.loop.Set()
+		if !ok || set == nil {
+			continue
+		}
+		list, leftOut, err := e.Traffic(context.Background(), set)
+		if err != nil {
+			a.log.Warn("Could not read the Services' counters", "ipFamily", l.family, "err", err)
+			continue
+		}
+		for _, t := range list {
+			out.Ports = append(out.Ports, metrics.PortTraffic{Family: l.family, Port: t.Port,
+				Requests: metrics.Count(t.Requests), Replies: metrics.Count(t.Replies)})
+		}
+		out.LeftOut = max(out.LeftOut, leftOut)
+	}
+	return out
 }
 
 func (m *nftablesMode) adjust(*plan.Facts, []netip.Addr) {}

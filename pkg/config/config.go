@@ -84,8 +84,9 @@ type Config struct {
 	LocalhostNodePorts bool // NodePorts on 127.0.0.1; never true in ipvs mode
 	OOMScoreAdj        int
 
-	IPVS      IPVS
-	Conntrack Conntrack
+	IPVS           IPVS
+	ServiceTraffic int // in nftables mode, how many Service ports are counted at the most
+	Conntrack      Conntrack
 
 	// FeatureGates holds the gates that Sluice knows, with their defaults.
 	FeatureGates map[string]bool

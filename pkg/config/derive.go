@@ -21,6 +21,7 @@ func (c *Config) warn(format string, args ...any) {
 func (c *Config) deriveMode(ps *problems) {
 	k := c.KubeProxy
 	c.Mode = Mode(k.Mode)
+	c.ServiceTraffic = c.Sluice.NFTables.ServiceTraffic
 	c.LocalhostNodePorts = c.Mode != ModeIPVS && *k.IPTables.LocalhostNodePorts
 	switch c.Mode {
 	case ModeIPTables, ModeIPVS:

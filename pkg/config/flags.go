@@ -144,6 +144,7 @@ func (f *Flags) addSluice(fs *pflag.FlagSet) {
 	fs.StringVar(&f.sluice.Manifests, "manifests", "", "A folder of Service, EndpointSlice, Node and ServiceCIDR manifests to follow instead of an API server. (Not in kube-proxy.)")
 	fs.Var((*variantFlag)(&f.sluice.IPTables.Variant), "iptables-variant", "Which iptables programs to use: 'auto', 'legacy' or 'nft'. (Not in kube-proxy.)")
 	fs.BoolVar(&f.modeFallback, "mode-fallback", true, "If true, run in iptables mode where the kernel lacks what the chosen mode needs; if false, refuse to start there. (Not in kube-proxy.)")
+	fs.IntVar(&f.sluice.NFTables.ServiceTraffic, "nftables-service-traffic", 0, "In the nftables mode, for how many Service ports packets and bytes are counted for the metrics, at the most; 0 for none. (Not in kube-proxy.)")
 	fs.DurationVar(&f.ipvsDrain, "ipvs-drain", defaultDrain, "In the ipvs mode, how long a removed endpoint may keep its connections at the most, 0 for as long as they last. New connections do not go there. (Not in kube-proxy.)")
 }
 
@@ -229,6 +230,8 @@ func flagOfField(field string, mode Mode) string {
 		return "hostname-override"
 	case SluiceKind + ".ipvs.drain":
 		return "ipvs-drain"
+	case SluiceKind + ".nftables.serviceTraffic":
+		return "nftables-service-traffic"
 	case "logging.format":
 		return "logging-format"
 	case "logging.flushFrequency":

@@ -79,10 +79,11 @@ var wantFlags = map[string]string{
 	"proxy-port-range": "",
 	"udp-timeout":      "250ms",
 	// Not in kube-proxy.
-	"manifests":        "",
-	"iptables-variant": "auto",
-	"mode-fallback":    "true",
-	"ipvs-drain":       "15m0s",
+	"manifests":                "",
+	"iptables-variant":         "auto",
+	"mode-fallback":            "true",
+	"ipvs-drain":               "15m0s",
+	"nftables-service-traffic": "0",
 }
 
 func TestFlagDefaults(t *testing.T) {
@@ -108,7 +109,7 @@ func TestEveryFlagHasAPlace(t *testing.T) {
 	place := map[string]bool{}
 	for _, name := range []string{"config", "write-config-to", "cleanup", "init-only", "master", "hostname-override",
 		"logging-format", "v", "vmodule", "log-flush-frequency", "log-text-split-stream", "log-text-info-buffer-size",
-		"log-json-split-stream", "log-json-info-buffer-size", "manifests", "iptables-variant", "mode-fallback", "ipvs-drain"} {
+		"log-json-split-stream", "log-json-info-buffer-size", "manifests", "iptables-variant", "mode-fallback", "ipvs-drain", "nftables-service-traffic"} {
 		place[name] = true
 	}
 	for _, f := range fieldFlags {
@@ -201,6 +202,7 @@ func TestFlagsToConfig(t *testing.T) {
 		{[]string{"--oom-score-adj=-5"}, func(c *Config) any { return c.OOMScoreAdj }, -5},
 		{[]string{"--ipvs-exclude-cidrs=10.0.0.0/8,fd00::/8"}, func(c *Config) any { return len(c.IPVS.ExcludeCIDRs) }, 2},
 		{[]string{"--mode=ipvs"}, func(c *Config) any { return c.IPVS }, IPVS{Drain: 15 * time.Minute}},
+		{[]string{"--mode=nftables", "--nftables-service-traffic=50"}, func(c *Config) any { return c.ServiceTraffic }, 50},
 		{[]string{"--mode=ipvs", "--ipvs-scheduler=mh", "--ipvs-exclude-cidrs=10.0.0.0/8", "--ipvs-strict-arp", "--ipvs-tcp-timeout=1h", "--ipvs-tcpfin-timeout=1m", "--ipvs-udp-timeout=5s", "--ipvs-drain=0"},
 			func(c *Config) any { return c.IPVS },
 			IPVS{Scheduler: "mh", ExcludeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, StrictARP: true, TCPTimeout: time.Hour, TCPFinTimeout: time.Minute, UDPTimeout: 5 * time.Second}},
@@ -303,6 +305,7 @@ func TestFlagErrors(t *testing.T) {
 			"--ipvs-sync-period: 0s must be greater than 0",
 			"--ipvs-min-sync-period: -1s must be 0 or greater",
 			"--ipvs-drain: -1s must be 0 or greater"}},
+		{[]string{"--mode=nftables", "--nftables-service-traffic=-1"}, []string{"--nftables-service-traffic: -1 must be 0 or greater"}},
 		{[]string{"--mode=ipvs", "--ipvs-sync-period=1s", "--ipvs-min-sync-period=2s"}, []string{"--ipvs-min-sync-period: 2s is longer than syncPeriod, 1s"}},
 		{[]string{"--logging-format=xml"}, []string{`--logging-format: Invalid value: "xml": Unsupported log format`}},
 		{[]string{"--config=/nonexistent/f"}, []string{"--config: open /nonexistent/f: no such file or directory"}},

@@ -167,6 +167,9 @@ func (f *Flags) overrideSluice(s *SluiceConfiguration) {
 	if f.changed("ipvs-drain") {
 		s.IPVS.Drain = &metav1.Duration{Duration: f.ipvsDrain}
 	}
+	if f.changed("nftables-service-traffic") {
+		s.NFTables.ServiceTraffic = f.sluice.NFTables.ServiceTraffic
+	}
 }
 
 func (f *Flags) unusedWarnings() []string {

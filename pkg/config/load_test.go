@@ -304,7 +304,7 @@ func TestWrittenConfigurationLoadsToTheSame(t *testing.T) {
 		{"--mode=ipvs", "--ipvs-scheduler=wrr", "--ipvs-exclude-cidrs=10.0.0.0/8", "--ipvs-min-sync-period=3s"},
 		{"--mode=nftables", "--masquerade-all", "--iptables-min-sync-period=1s", "--nodeport-addresses=10.0.0.0/8,localhost"},
 		{"--cluster-cidr=10.0.0.0/8,fd00::/8", "--feature-gates=AllowServiceExternalIPs=false,Foo=true", "--bind-address=fd00::1", "--conntrack-max-per-core=0", "--logging-format=json", "-v=3"},
-		{"--manifests=/m", "--iptables-variant=nft", "--mode-fallback=false", "--ipvs-drain=0", "--hostname-override=x", "--vmodule=a=1,b*=2"},
+		{"--manifests=/m", "--iptables-variant=nft", "--mode-fallback=false", "--ipvs-drain=0", "--nftables-service-traffic=7", "--hostname-override=x", "--vmodule=a=1,b*=2"},
 		{"--config=testdata/kubeadm.yaml"},
 		{"--config=testdata/kubernetes-1.9.yaml"},
 	} {

@@ -31,6 +31,9 @@ type SluiceConfiguration struct {
 	IPTables SluiceIPTables `json:"iptables"`
 	// IPVS holds settings of the ipvs mode that kube-proxy's ipvs section lacks.
 	IPVS SluiceIPVS `json:"ipvs"`
+	// NFTables holds settings of the nftables mode that kube-proxy's nftables
+	// section lacks.
+	NFTables SluiceNFTables `json:"nftables"`
 	// CheckPeriod is how often the agent looks, by a cheap probe, whether
 	// somebody else removed its rules. Default 1s.
 	CheckPeriod metav1.Duration `json:"checkPeriod"`
@@ -54,6 +57,15 @@ type SluiceIPVS struct {
 	// new ones do not go there. 0 lets them last as long as they want. Default
 	// 15m. Flag: --ipvs-drain.
 	Drain *metav1.Duration `json:"drain"`
+}
+
+// SluiceNFTables says how nf_tables is used.
+type SluiceNFTables struct {
+	// ServiceTraffic is for how many Service ports packets and bytes are counted, at
+	// the most: each is four series of metrics, and counting takes time for each
+	// packet of the node. Default 0: nothing is counted. Flag:
+	// --nftables-service-traffic.
+	ServiceTraffic int `json:"serviceTraffic"`
 }
 
 // SluiceConntrack says what is done about tracked connections.
@@ -92,6 +104,9 @@ func validateSluice(c *SluiceConfiguration, ps *problems) {
 		ps.add(SluiceKind+".resyncPeriod", "%s must be greater than 0", c.ResyncPeriod.Duration)
 	}
 	checkNotNegative(SluiceKind+".ipvs.drain", c.IPVS.Drain.Duration, ps)
+	if c.NFTables.ServiceTraffic < 0 {
+		ps.add(SluiceKind+".nftables.serviceTraffic", "%d must be 0 or greater", c.NFTables.ServiceTraffic)
+	}
 	if c.CheckPeriod.Duration > c.ResyncPeriod.Duration {
 		ps.add(SluiceKind+".checkPeriod", "%s must not be longer than resyncPeriod (%s)", c.CheckPeriod.Duration, c.ResyncPeriod.Duration)
 	}
