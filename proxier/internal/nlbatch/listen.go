@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
@@ -16,8 +17,9 @@ var ErrLost = errors.New("notifications were lost")
 
 // Listener hears of changes that others make.
 type Listener struct {
-	file *os.File
-	recv []byte
+	file   *os.File
+	recv   []byte
+	closed atomic.Bool
 }
 
 // Listen joins a group of notifications of NETLINK_NETFILTER, in the network
@@ -86,6 +88,8 @@ func (l *Listener) Receive(got func(typ uint16, payload []byte)) error {
 		return failed != unix.EAGAIN && failed != unix.EINTR
 	})
 	switch {
+	case l.closed.Load():
+		return os.ErrClosed
 	case err != nil:
 		return err
 	case failed == unix.ENOBUFS:
@@ -100,4 +104,7 @@ func (l *Listener) Receive(got func(typ uint16, payload []byte)) error {
 }
 
 // Close ends a Receive that waits.
-func (l *Listener) Close() error { return l.file.Close() }
+func (l *Listener) Close() error {
+	l.closed.Store(true)
+	return l.file.Close()
+}
