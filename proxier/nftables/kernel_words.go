@@ -246,6 +246,17 @@ func ctKnown() stmt {
 	return ctHas(expr.CtKeySTATE, "ct state established,related", expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
 }
 
+func ctNew() stmt { return ctHas(expr.CtKeySTATE, "ct state new", expr.CtStateBitNEW) }
+
+// ctOriginal and ctReply match the packets of one direction.
+func ctOriginal() stmt { return ctDirection("original", 0) }
+func ctReply() stmt    { return ctDirection("reply", 1) }
+
+func ctDirection(name string, n byte) stmt {
+	return stmt{"ct direction " + name, []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: uint32(regFirst)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: uint32(regFirst), Data: []byte{n}}}}
+}
+
 // mark sets a bit of the packet's mark, for masqueraded to find; unmark takes it off.
 func mark(bit uint32) stmt {
 	return stmt{fmt.Sprintf("meta mark set meta mark | 0x%08x", bit), []expr.Any{

@@ -87,12 +87,15 @@ func (rs *ruleset) count(p *plan.Plan) {
 }
 
 // counting gives the chains that count: what clients send before it is translated,
-// and what they get after it is translated back.
+// and what they get after it is translated back. Packets of connections that are not
+// translated, most of a node's, are looked up only when they begin one.
 func (c compiler) counting() []chain {
 	replies := []operand{c.saddr(), l4proto(), sport()}
-	enter := func(name chainName, h *hook, to chainName) chain {
-		return chain{name: name, hook: h, rules: []rule{newRule(jump(to))}}
+	requested := []rule{
+		newRule(ctOriginal(), ctTranslated(), goTo(chainRequests)),
+		newRule(ctNew(), goTo(chainRequests)),
 	}
+	replied := []rule{newRule(ctReply(), ctTranslated(), goTo(chainReplies))}
 	return []chain{
 		{name: chainRequests, rules: []rule{
 			newRule(in(setRequests, c.frontend()...), returns()),
@@ -102,10 +105,10 @@ func (c compiler) counting() []chain {
 			newRule(in(setReplies, replies...), returns()),
 			newRule(isLocal("saddr"), in(setPortReplies, l4proto(), sport())),
 		}},
-		enter(chainCountIn, hookCountIn, chainRequests),
-		enter(chainCountOwn, hookCountOwn, chainRequests),
-		enter(chainCountOut, hookCountOut, chainReplies),
-		enter(chainCountReturned, hookCountReturned, chainReplies),
+		{name: chainCountIn, hook: hookCountIn, rules: requested},
+		{name: chainCountOwn, hook: hookCountOwn, rules: requested},
+		{name: chainCountOut, hook: hookCountOut, rules: replied},
+		{name: chainCountReturned, hook: hookCountReturned, rules: replied},
 	}
 }
 
