@@ -87,8 +87,21 @@ func TestDifferences(t *testing.T) {
 	}
 }
 
-// Endpoints and Services have addresses of their own, in their ranges.
+// Endpoints and Services have addresses of their own, in their ranges, however
+// many a run asks for.
 func TestAddresses(t *testing.T) {
+	for _, l := range []layout{{1, 1}, {10000, 10}, {5000, 50}, {40000, 5}, {20000, maxEndpoints}, {maxServices, 1}} {
+		t.Run(fmt.Sprintf("%dx%d", l.services, l.endpoints), func(t *testing.T) { testAddresses(t, l) })
+	}
+	if l := (layout{maxServices, 21}); l.fits() {
+		t.Errorf("%v fits", l)
+	}
+}
+
+func testAddresses(t *testing.T, l layout) {
+	if !l.fits() {
+		t.Fatal("does not fit")
+	}
 	seen := map[netip.Addr]string{}
 	add := func(a netip.Addr, in netip.Prefix, what string) {
 		t.Helper()
@@ -105,14 +118,17 @@ func TestAddresses(t *testing.T) {
 	add(canaryIP, serviceRange, "canary")
 	add(canaryEndpoint(0), endpointRange, "canary's endpoint")
 	add(canaryEndpoint(1), endpointRange, "canary's other endpoint")
-	for _, i := range []int{0, 1, 2, maxServices / 2, maxServices - 2, maxServices - 1, maxServices} { // the last stands for DNS
-		add(numbered(i).ip, serviceRange, "service")
-		for j := range maxEndpoints {
-			add(endpointOf(i, j, 0), endpointRange, "endpoint")
-		}
-		add(endpointOf(i, 0, 1), endpointRange, "other endpoint")
+	for _, a := range l.dns() {
+		add(a, endpointRange, "endpoint of DNS")
 	}
-	if endpointOf(7, 0, 2) != endpointOf(7, 0, 0) || endpointOf(7, 3, 1) != endpointOf(7, 3, 0) {
+	for i := range l.services {
+		add(numbered(i).ip, serviceRange, "service")
+		for _, a := range l.of(i, 0) {
+			add(a, endpointRange, "endpoint")
+		}
+		add(l.endpoint(i, 0, 1), endpointRange, "other endpoint")
+	}
+	if l.endpoint(7, 0, 2) != l.endpoint(7, 0, 0) || l.endpoint(7, 3, 1) != l.endpoint(7, 3, 0) {
 		t.Error("a change must swap endpoint 0, to and fro, and no other")
 	}
 }

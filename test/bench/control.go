@@ -39,9 +39,10 @@ type control struct {
 	ns     *netlab.Namespace // which has controlAddr
 	procs  []*process
 	client *kubernetes.Clientset
+	filled int // with how many numbered Services
 }
 
-// newControl starts it and creates the nodes.
+// newControl starts it and creates everything but the numbered Services.
 func newControl(ctx context.Context, s *settings, dir string, ns *netlab.Namespace) (c *control, err error) {
 	c = &control{s: s, dir: dir, ns: ns}
 	defer func() {
@@ -52,7 +53,10 @@ func newControl(ctx context.Context, s *settings, dir string, ns *netlab.Namespa
 	if err = c.start(ctx); err != nil {
 		return c, err
 	}
-	return c, c.createNodes(ctx, nodeSpecs(s))
+	if err = c.createNodes(ctx, nodeSpecs(s)); err != nil {
+		return c, err
+	}
+	return c, c.createOthers(ctx)
 }
 
 func (c *control) close() {
@@ -162,27 +166,34 @@ func (c *control) createNodes(ctx context.Context, specs []netlab.NodeSpec) erro
 	return nil
 }
 
-// fill creates all Services and their slices.
-func (c *control) fill(ctx context.Context) error {
-	progress("creating %d Services with %d endpoints each", c.s.services, c.s.endpoints)
+// createOthers creates what the numbered Services are beside.
+func (c *control) createOthers(ctx context.Context) error {
 	for i := range namespaces {
 		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespaceOf(i)}}
 		if _, err := c.client.CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
 			return fmt.Errorf("create namespace %s: %w", ns.Name, err)
 		}
 	}
-	if err := c.create(ctx, dns, endpointsOf(c.s.services, 2, 0)); err != nil {
+	if err := c.create(ctx, dns, c.s.layout().dns()); err != nil {
 		return err
 	}
-	if err := c.create(ctx, canary, []netip.Addr{canaryEndpoint(0)}); err != nil {
-		return err
-	}
+	return c.create(ctx, canary, []netip.Addr{canaryEndpoint(0)})
+}
+
+// fill creates numbered Services and their slices until there are as many as
+// wanted. Five milliseconds for one are usual; twenty are the end.
+func (c *control) fill(ctx context.Context, services int) error {
+	progress("creating Services %d to %d with %d endpoints each", c.filled+1, services, c.s.endpoints)
+	limit := 2*time.Minute + time.Duration(services-c.filled)*20*time.Millisecond
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done in %s", limit))
+	defer cancel()
 	var done atomic.Int64
+	done.Store(int64(c.filled))
 	workers, ctx := errgroup.WithContext(ctx)
 	workers.SetLimit(32)
-	for i := range c.s.services {
+	for i := c.filled; i < services; i++ {
 		workers.Go(func() error {
-			if err := c.create(ctx, numbered(i), endpointsOf(i, c.s.endpoints, 0)); err != nil {
+			if err := c.create(ctx, numbered(i), c.s.layout().of(i, 0)); err != nil {
 				return err
 			}
 			if n := done.Add(1); n%2500 == 0 {
@@ -191,7 +202,11 @@ func (c *control) fill(ctx context.Context) error {
 			return nil
 		})
 	}
-	return workers.Wait()
+	if err := workers.Wait(); err != nil {
+		return err
+	}
+	c.filled = services
+	return nil
 }
 
 func (c *control) create(ctx context.Context, r serviceRef, endpoints []netip.Addr) error {
@@ -218,7 +233,7 @@ func (c *control) setCanary(ctx context.Context, version int) error {
 
 // setEndpoints gives the i-th Service the endpoints of a version.
 func (c *control) setEndpoints(ctx context.Context, i, version int) error {
-	return c.update(ctx, numbered(i), endpointsOf(i, c.s.endpoints, version))
+	return c.update(ctx, numbered(i), c.s.layout().of(i, version))
 }
 
 // await calls f until it returns nil.

@@ -55,7 +55,7 @@ func runInMachine(ctx context.Context, s *settings, dir string, r *report) error
 		return err
 	}
 	defer c.close()
-	if err := c.fill(ctx); err != nil {
+	if err := c.fill(ctx, s.services); err != nil {
 		return err
 	}
 	l, err := ns.Listen("tcp4", rpcAddr.String())

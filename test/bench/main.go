@@ -125,6 +125,9 @@ func parse(args []string) (*settings, error) {
 	if s.services < 1 || s.services > maxServices || s.endpoints < 1 || s.endpoints > maxEndpoints {
 		return nil, fmt.Errorf("-services must be 1 to %d, -endpoints 1 to %d", maxServices, maxEndpoints)
 	}
+	if !s.layout().fits() {
+		return nil, fmt.Errorf("-services %d with -endpoints %d: there are not so many addresses", s.services, s.endpoints)
+	}
 	for name, n := range map[string]int{"changes": s.changes, "burst": s.burst, "burst-rate": s.burstRate, "connections": s.connections} {
 		if n < 1 {
 			return nil, fmt.Errorf("-%s must be at least 1", name)
@@ -135,6 +138,8 @@ func parse(args []string) (*settings, error) {
 	}
 	return s, s.find(agent)
 }
+
+func (s *settings) layout() layout { return layout{s.services, s.endpoints} }
 
 // small takes other defaults for a machine on which kube-proxy needs more than
 // twenty minutes for the usual ones, most of them to start ipset 10,000 times.
@@ -236,7 +241,7 @@ func runHere(ctx context.Context, s *settings, dir string, r *report) error {
 		return err
 	}
 	defer control.close()
-	if err := control.fill(ctx); err != nil {
+	if err := control.fill(ctx, s.services); err != nil {
 		return err
 	}
 	c.writer = control

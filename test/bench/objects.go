@@ -12,7 +12,7 @@ import (
 )
 
 // The cluster's addresses. One listener has all of endpointRange, so that each of
-// 100,000 endpoints has an address of its own, as pods do.
+// up to two million endpoints has an address of its own, as pods do.
 var (
 	serviceRange  = netip.MustParsePrefix("10.96.0.0/12")
 	clusterRange  = netip.MustParsePrefix("10.128.0.0/9") // --cluster-cidr: pods of all nodes
@@ -26,7 +26,7 @@ var (
 
 const (
 	maxServices  = 100_000
-	maxEndpoints = 20
+	maxEndpoints = 100 // of one slice, as the controller makes them
 	namespaces   = 10
 
 	servicePort  = 80
@@ -56,13 +56,48 @@ func numbered(i int) serviceRef {
 	return serviceRef{namespaceOf(i), fmt.Sprintf("svc-%05d", i), plus(serviceRange.Addr(), 256+i), servicePort}
 }
 
-// endpointOf is the j-th endpoint of the i-th Service. Endpoint 0 has two
-// versions, which changes swap.
-func endpointOf(i, j, version int) netip.Addr {
+// layout says which addresses the endpoints of a run have: Service after Service
+// without gaps, so that many with few endpoints fit as well as few with many.
+type layout struct{ services, endpoints int }
+
+// The second versions of all endpoints 0 have the upper half of endpointRange.
+// Below are the canary's two, then those of the numbered Services, then those of
+// DNS.
+const (
+	secondVersions = 1 << 21
+	firstEndpoint  = 256
+	dnsEndpoints   = 2
+)
+
+func (l layout) fits() bool {
+	return firstEndpoint+l.services*l.endpoints+dnsEndpoints <= secondVersions && l.services <= secondVersions
+}
+
+// endpoint is the j-th endpoint of the i-th Service. Endpoint 0 has two versions,
+// which changes swap.
+func (l layout) endpoint(i, j, version int) netip.Addr {
 	if j == 0 && version%2 == 1 {
-		return plus(endpointRange.Addr(), 1<<21+i)
+		return plus(endpointRange.Addr(), secondVersions+i)
 	}
-	return plus(endpointRange.Addr(), 256+i*maxEndpoints+j)
+	return plus(endpointRange.Addr(), firstEndpoint+i*l.endpoints+j)
+}
+
+// of are the endpoints of the i-th Service in a version.
+func (l layout) of(i, version int) []netip.Addr {
+	var out []netip.Addr
+	for j := range l.endpoints {
+		out = append(out, l.endpoint(i, j, version))
+	}
+	return out
+}
+
+// dns are the endpoints of DNS.
+func (l layout) dns() []netip.Addr {
+	var out []netip.Addr
+	for j := range dnsEndpoints {
+		out = append(out, l.endpoint(l.services, j, 0))
+	}
+	return out
 }
 
 // canaryEndpoint is the only endpoint of the canary.
@@ -113,13 +148,4 @@ func sliceObject(r serviceRef, addrs []netip.Addr) *discoveryv1.EndpointSlice {
 		})
 	}
 	return s
-}
-
-// endpointsOf are the endpoints of the i-th Service in a version.
-func endpointsOf(i, n, version int) []netip.Addr {
-	var out []netip.Addr
-	for j := range n {
-		out = append(out, endpointOf(i, j, version))
-	}
-	return out
 }
