@@ -134,7 +134,7 @@ func testAddresses(t *testing.T, l layout) {
 }
 
 func TestTable(t *testing.T) {
-	r := &report{Date: "today", Kernel: "6.18", CPU: "Some CPU", CPUs: 2, IPTables: "iptables v1.8.9", Mode: "iptables", Services: 10000, Endpoints: 10,
+	r := &report{Date: "today", Kernel: "6.18", CPU: "Some CPU", CPUs: 2, Tool: "iptables v1.8.9", Mode: "iptables", Services: 10000, Endpoints: 10,
 		variants: []string{"nft"}, Skipped: []string{"kube-proxy, nft: the rest of its figures: cold start takes more than 10m0s"},
 		Results: []*result{
 			{Program: peer, Version: "v1", Variant: "nft", LoadBefore: "1", LoadAfter: "2", Readings: map[string]reading{

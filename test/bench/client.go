@@ -79,14 +79,13 @@ func ask(to netip.AddrPort) (netip.Addr, error) {
 // answered tries addresses one after the other until each has taken a
 // connection, and returns when the last one did. Trying only one at a time
 // leaves the CPU to the program under test.
-func (c client) answered(ctx context.Context, addrs []netip.AddrPort, pause time.Duration) (at time.Time, err error) {
+func (c client) answered(ctx context.Context, addrs []netip.AddrPort, try func(netip.AddrPort) error, pause time.Duration) (at time.Time, err error) {
 	err = c.ns.Do(func() error {
 		for _, a := range addrs {
 			for {
-				fd, _, err := connect(a, impatient)
+				err := try(a)
 				at = time.Now()
 				if err == nil {
-					unix.Close(fd)
 					break
 				}
 				if ctx.Err() != nil {
@@ -98,6 +97,15 @@ func (c client) answered(ctx context.Context, addrs []netip.AddrPort, pause time
 		return nil
 	})
 	return at, err
+}
+
+// briefly tries to connect.
+func briefly(to netip.AddrPort) error {
+	fd, _, err := connect(to, impatient)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return err
 }
 
 // follow asks until the wanted endpoint answers. It returns when that was, and

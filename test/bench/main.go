@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -42,6 +43,7 @@ type settings struct {
 	coldLimit   time.Duration
 	changes     int
 	changeLimit time.Duration // for all changes together
+	followLimit time.Duration // for one
 	burst       int
 	burstRate   int
 	connections int
@@ -54,7 +56,10 @@ const (
 
 	modeIPTables = "iptables"
 	modeIPVS     = "ipvs"
+	modeNFTables = "nftables"
 )
+
+var modes = []string{modeIPTables, modeIPVS, modeNFTables}
 
 func main() {
 	s, err := parse(os.Args[1:])
@@ -73,15 +78,38 @@ func main() {
 }
 
 func parse(args []string) (*settings, error) {
-	s := &settings{paths: map[string]string{}, args: args}
-	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	var variants, programs, agent string
-	f.StringVar(&s.mode, "mode", modeIPTables, "proxy mode to measure: "+modeIPTables+" or "+modeIPVS)
-	f.StringVar(&variants, "variants", "", "iptables variants to measure (default \"legacy,nft\", in ipvs mode \"legacy\")")
-	f.StringVar(&programs, "programs", peer+","+ours, "what to measure, in this order")
+	s := &settings{args: args}
+	f, agent := s.flags()
+	_ = f.Parse(args) // exits
+	given := map[string]bool{}
+	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	if f.NArg() > 0 {
+		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
+	}
+	if err := s.complete(given); err != nil {
+		return nil, err
+	}
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	return s, s.find(*agent)
+}
+
+// flags defines them, and returns where the agent's path will be.
+func (s *settings) flags() (f *flag.FlagSet, agent *string) {
+	f = flag.NewFlagSet("bench", flag.ExitOnError)
+	list := func(to *[]string, name, usage string) {
+		f.Func(name, usage, func(v string) error {
+			*to = strings.Split(v, ",")
+			return nil
+		})
+	}
+	f.StringVar(&s.mode, "mode", modeIPTables, "proxy mode to measure: "+strings.Join(modes, ", "))
+	list(&s.variants, "variants", "iptables variants to measure (default \"legacy,nft\", in ipvs mode \"legacy\"; nftables mode has none)")
+	list(&s.programs, "programs", "what to measure, in this order (default \""+peer+","+ours+"\")")
 	f.IntVar(&s.services, "services", 10000, "number of Services (2000 by default where ipvs mode needs a virtual machine)")
 	f.IntVar(&s.endpoints, "endpoints", 10, "endpoints of each Service")
-	f.StringVar(&agent, "sluice", "bin/sluice", "binary of the agent")
+	agent = f.String("sluice", "bin/sluice", "binary of the agent")
 	f.StringVar(&s.tools, "tools", "", "folder of etcd, kube-apiserver and kube-proxy (default $SLUICE_TOOLS, ~/.cache/sluice-tools)")
 	f.StringVar(&s.jsonFile, "json", "", "also write the results to this file")
 	f.BoolVar(&s.strace, "strace", false, "also count system calls, with strace, at the end")
@@ -89,54 +117,64 @@ func parse(args []string) (*settings, error) {
 	f.DurationVar(&s.coldLimit, "cold-limit", 10*time.Minute, "give up a cold start after this")
 	f.IntVar(&s.changes, "changes", 40, "endpoint changes to time, one after the other")
 	f.DurationVar(&s.changeLimit, "change-limit", 2*time.Minute, "begin no further change after this")
+	f.DurationVar(&s.followLimit, "follow-limit", 2*time.Minute, "give up waiting until traffic follows a change after this")
 	f.IntVar(&s.burst, "burst", 200, "endpoint changes for the CPU figure")
 	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
 	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
 	f.DurationVar(&s.rest, "rest", time.Minute, "how long to watch the program when nothing changes")
-	_ = f.Parse(args) // exits
-	given := map[string]bool{}
-	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	if f.NArg() > 0 {
-		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
+	return f, agent
+}
+
+// complete fills in what depends on other flags.
+func (s *settings) complete(given map[string]bool) error {
+	if !slices.Contains(modes, s.mode) {
+		return fmt.Errorf("-mode %s: it is none of %s", s.mode, strings.Join(modes, ", "))
 	}
-	if s.mode != modeIPTables && s.mode != modeIPVS {
-		return nil, fmt.Errorf("-mode %s: only %s and %s can be measured yet", s.mode, modeIPTables, modeIPVS)
+	switch {
+	case s.mode == modeNFTables && given["variants"]:
+		return errors.New("-variants: nftables mode has none")
+	case s.mode == modeNFTables:
+		s.variants = []string{modeNFTables} // stands in names
+	case !given["variants"] && s.mode == modeIPVS:
+		s.variants = []string{"legacy"} // it needs few rules
+	case !given["variants"]:
+		s.variants = []string{"legacy", "nft"}
 	}
-	if variants == "" {
-		variants = "legacy,nft"
-		if s.mode == modeIPVS {
-			variants = "legacy" // it needs few rules
-		}
+	if !given["programs"] {
+		s.programs = []string{peer, ours}
 	}
 	if needsMachine(s) {
 		s.small(given)
 	}
-	s.variants, s.programs = strings.Split(variants, ","), strings.Split(programs, ",")
+	return nil
+}
+
+func (s *settings) check() error {
 	for _, v := range s.variants {
-		if v != "legacy" && v != "nft" {
-			return nil, fmt.Errorf("-variants: %q is neither legacy nor nft", v)
+		if v != "legacy" && v != "nft" && s.mode != modeNFTables {
+			return fmt.Errorf("-variants: %q is neither legacy nor nft", v)
 		}
 	}
 	for _, p := range s.programs {
 		if p != peer && p != ours {
-			return nil, fmt.Errorf("-programs: %q is neither %s nor %s", p, peer, ours)
+			return fmt.Errorf("-programs: %q is neither %s nor %s", p, peer, ours)
 		}
 	}
 	if s.services < 1 || s.services > maxServices || s.endpoints < 1 || s.endpoints > maxEndpoints {
-		return nil, fmt.Errorf("-services must be 1 to %d, -endpoints 1 to %d", maxServices, maxEndpoints)
+		return fmt.Errorf("-services must be 1 to %d, -endpoints 1 to %d", maxServices, maxEndpoints)
 	}
 	if !s.layout().fits() {
-		return nil, fmt.Errorf("-services %d with -endpoints %d: there are not so many addresses", s.services, s.endpoints)
+		return fmt.Errorf("-services %d with -endpoints %d: there are not so many addresses", s.services, s.endpoints)
 	}
 	for name, n := range map[string]int{"changes": s.changes, "burst": s.burst, "burst-rate": s.burstRate, "connections": s.connections} {
 		if n < 1 {
-			return nil, fmt.Errorf("-%s must be at least 1", name)
+			return fmt.Errorf("-%s must be at least 1", name)
 		}
 	}
 	if s.rest < time.Second {
-		return nil, errors.New("-rest must be at least 1s")
+		return errors.New("-rest must be at least 1s")
 	}
-	return s, s.find(agent)
+	return nil
 }
 
 func (s *settings) layout() layout { return layout{s.services, s.endpoints} }
@@ -170,6 +208,7 @@ func (s *settings) find(agent string) error {
 		}
 		s.tools = filepath.Join(cache, "sluice-tools")
 	}
+	s.paths = map[string]string{}
 	needed := []string{filepath.Join(s.tools, "etcd"), filepath.Join(s.tools, "kube-apiserver")}
 	if os.Getenv(insideVariable) != "" {
 		needed = nil // they run outside
@@ -260,12 +299,9 @@ func measureAll(ctx context.Context, c *cluster, r *report, done func() error) e
 				r.skip("%s, %s: interrupted", p, v)
 				continue
 			}
-			x, err := measure(ctx, c, p, v)
-			r.add(x)
-			if err != nil {
-				r.skip("%s, %s: the rest of its figures: %v", p, v, err)
-				progress("%s, %s: %v", p, v, err)
-			}
+			t := newTrial(c, c.s, p, v)
+			r.add(t.result)
+			r.skipAll(t, t.run(ctx, t.phases()))
 			if err := done(); err != nil {
 				return err
 			}

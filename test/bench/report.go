@@ -26,6 +26,7 @@ type result struct {
 	Program    string             `json:"program"`
 	Version    string             `json:"version"`
 	Variant    string             `json:"variant"`
+	Services   int                `json:"services"`
 	LoadBefore string             `json:"loadBefore"`
 	LoadAfter  string             `json:"loadAfter"`
 	Readings   map[string]reading `json:"readings"`
@@ -52,7 +53,7 @@ type report struct {
 	Kernel    string    `json:"kernel"`
 	CPU       string    `json:"cpu"`
 	CPUs      int       `json:"cpus"`
-	IPTables  string    `json:"iptables"`
+	Tool      string    `json:"tool"` // the version of iptables or nft
 	Command   string    `json:"command"`
 	Mode      string    `json:"mode"`
 	Services  int       `json:"services"`
@@ -77,8 +78,12 @@ func newReport(s *settings) *report {
 			}
 		}
 	}
-	if out, err := exec.Command("iptables", "--version").Output(); err == nil {
-		r.IPTables, _, _ = strings.Cut(strings.TrimSpace(string(out)), " (")
+	tool := "iptables"
+	if s.mode == modeNFTables {
+		tool = "nft"
+	}
+	if out, err := exec.Command(tool, "--version").Output(); err == nil {
+		r.Tool, _, _ = strings.Cut(strings.TrimSpace(string(out)), " (")
 	}
 	return r
 }
@@ -95,6 +100,13 @@ func (r *report) write(file string) error {
 
 func (r *report) skip(format string, args ...any) {
 	r.Skipped = append(r.Skipped, fmt.Sprintf(format, args...))
+}
+
+func (r *report) skipAll(t *trial, errs []error) {
+	for _, err := range errs {
+		r.skip("%s, %s: %v", t.program, t.variant, err)
+		progress("%s, %s: %v", t.program, t.variant, err)
+	}
 }
 
 // metric is a row of the table.
@@ -118,17 +130,17 @@ func all(v float64) map[string]float64 { return map[string]float64{"": v} }
 // Targets are the project's, for 10,000 Services with 10 endpoints each.
 var metrics = []metric{
 	{id: "cold.important", title: "cold start until kubernetes.default and DNS answer", unit: "s", target: all(0.3)},
-	{id: "cold.all", title: "cold start until every Service answers", unit: "s", target: map[string]float64{modeIPTables: 6, modeIPVS: 3}},
+	{id: "cold.all", title: "cold start until every Service answers", unit: "s", target: map[string]float64{modeIPTables: 6, modeIPVS: 3, modeNFTables: 0.8}},
 	{id: "cold.idle", title: "cold start until nothing is left to do", unit: "s"},
 	{id: "cold.cpu", title: "CPU time of a cold start", unit: "s"},
 	{id: "cold.starts", title: "processes started by then", optional: true},
 	{id: "change.p50", title: "endpoint change until traffic follows, median", unit: "ms"},
 	{id: "change.p99", title: "endpoint change until traffic follows, p99", unit: "ms",
-		target: map[string]float64{"iptables/legacy": 800, "iptables/nft": 250, modeIPVS: 10}},
+		target: map[string]float64{"iptables/legacy": 800, "iptables/nft": 250, modeIPVS: 10, modeNFTables: 10}},
 	{id: "change.failed", title: "connections lost during these changes", target: all(0)},
 	{id: "change.starts", title: "processes started per change", target: map[string]float64{modeIPVS: 0}, optional: true},
 	{id: "change.calls", title: "system calls per change, programs included", optional: true},
-	{id: "change.cpu", title: "CPU time per 1,000 endpoint changes", unit: "s", target: map[string]float64{modeIPVS: 1}},
+	{id: "change.cpu", title: "CPU time per 1,000 endpoint changes", unit: "s", target: map[string]float64{modeIPVS: 1, modeNFTables: 1}},
 	{id: "change.behind", title: "traffic follows the last of many changes after", unit: "s"},
 	{id: "rest.cpu", title: "CPU time of a minute without changes", unit: "s"},
 	{id: "rest.starts", title: "processes started in that minute", optional: true},
@@ -147,7 +159,7 @@ const targetServices, targetEndpoints = 10000, 10
 // print writes the table for people. It is Markdown as well.
 func (r *report) print(w io.Writer) {
 	fmt.Fprintf(w, "\n%d Services with %d endpoints each, %s mode, %s\n", r.Services, r.Endpoints, r.Mode, r.Date)
-	fmt.Fprintf(w, "Linux %s, %d x %s, %s\n", r.Kernel, r.CPUs, r.CPU, r.IPTables)
+	fmt.Fprintf(w, "Linux %s, %d x %s, %s\n", r.Kernel, r.CPUs, r.CPU, r.Tool)
 	if r.Guest != "" {
 		fmt.Fprintf(w, "The nodes in %s: absolute figures mean nothing there, and targets are not judged\n", r.Guest)
 	}
@@ -173,10 +185,10 @@ func (r *report) print(w io.Writer) {
 }
 
 func (r *report) title(variant string) string {
-	if r.Mode == modeIPVS {
-		return modeIPVS
+	if r.Mode == modeIPTables {
+		return "iptables, " + variant + " variant"
 	}
-	return "iptables, " + variant + " variant"
+	return r.Mode
 }
 
 func (r *report) find(program, variant string) *result {
@@ -232,6 +244,8 @@ func (m metric) show(v reading, ok bool) string {
 	switch {
 	case !ok:
 		return "-"
+	case v.Over && m.unit == "ms" && v.Value >= 1000: // a limit
+		return "> " + number(v.Value/1000) + " s"
 	case v.Over:
 		return "> " + number(v.Value) + unit(m.unit)
 	case strings.HasPrefix(m.id, "conn."):
