@@ -48,6 +48,7 @@ type settings struct {
 	burstRate   int
 	connections int
 	rest        time.Duration
+	repairLimit time.Duration
 }
 
 const (
@@ -122,6 +123,7 @@ func (s *settings) flags() (f *flag.FlagSet, agent *string) {
 	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
 	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
 	f.DurationVar(&s.rest, "rest", time.Minute, "how long to watch the program when nothing changes")
+	f.DurationVar(&s.repairLimit, "repair-limit", time.Minute, "give up waiting until rules that were flushed are back after this")
 	return f, agent
 }
 

@@ -50,6 +50,9 @@ func (t *trial) phases() []phase {
 		{"memory", t.memoryAtTheEnd},
 		{"at rest", t.atRest},
 	}
+	if t.s.mode != modeIPVS {
+		all = append(all, phase{"repair after a flush", t.repair})
+	}
 	if t.s.strace {
 		all = append(all, phase{"system calls", t.systemCalls})
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -114,6 +115,7 @@ type metric struct {
 	id, title, unit string
 	target          map[string]float64 // by mode and variant, or by mode; "" for all others
 	optional        bool               // there are kernels on which it cannot be taken
+	modes           []string           // that have it; nil if all have
 }
 
 func (m metric) targetOf(mode, variant string) (float64, bool) {
@@ -125,7 +127,12 @@ func (m metric) targetOf(mode, variant string) (float64, bool) {
 	return 0, false
 }
 
+func (m metric) in(mode string) bool { return m.modes == nil || slices.Contains(m.modes, mode) }
+
 func all(v float64) map[string]float64 { return map[string]float64{"": v} }
+
+// repairing are the modes that have all in rules.
+var repairing = []string{modeIPTables, modeNFTables}
 
 // Targets are the project's, for 10,000 Services with 10 endpoints each.
 var metrics = []metric{
@@ -149,6 +156,9 @@ var metrics = []metric{
 	{id: "rss.peak", title: "memory, peak", unit: "MiB", target: all(130)},
 	{id: "rss.children", title: "memory, peak of one program that it starts", unit: "MiB"},
 	{id: "rss.together", title: "memory, peak of the process and its programs", unit: "MiB"},
+	{id: "repair.one", title: "rules flushed, until a Service answers again", unit: "ms", modes: repairing},
+	{id: "repair.failed", title: "connections lost until then", modes: repairing},
+	{id: "repair.all", title: "rules flushed, until every Service answers again", unit: "ms", modes: repairing},
 	{id: "conn.service", title: "new connection to a Service, added latency", unit: "us", target: all(15)},
 	{id: "conn.slowest", title: "the same, slowest of 20 Services", unit: "us"},
 	{id: "conn.other", title: "new connection to no Service, added latency", unit: "us", target: all(15)},
@@ -204,6 +214,9 @@ func (r *report) printTable(w io.Writer, variant string, p, o *result) {
 	rows := [][]string{{"", "kube-proxy", "Sluice", "ratio", "target", ""}}
 	var notes []string
 	for _, m := range metrics {
+		if !m.in(r.Mode) {
+			continue
+		}
 		a, aok := p.reading(m.id)
 		b, bok := o.reading(m.id)
 		row := []string{m.title, m.show(a, aok), m.show(b, bok), ratio(a, aok, b, bok), "", ""}
@@ -327,7 +340,7 @@ func (r *report) complete(programs []string) bool {
 	for _, v := range r.variants {
 		for _, p := range programs {
 			x := r.find(p, v)
-			if x == nil || !x.gaveUp() && !x.complete() {
+			if x == nil || !x.gaveUp() && !x.complete(r.Mode) {
 				return false
 			}
 		}
@@ -344,9 +357,9 @@ func (r *result) gaveUp() bool {
 	return false
 }
 
-func (r *result) complete() bool {
+func (r *result) complete(mode string) bool {
 	for _, m := range metrics {
-		if _, ok := r.Readings[m.id]; !ok && !m.optional {
+		if _, ok := r.Readings[m.id]; !ok && !m.optional && m.in(mode) {
 			return false
 		}
 	}
