@@ -61,12 +61,13 @@ func numbered(i int) serviceRef {
 type layout struct{ services, endpoints int }
 
 // The second versions of all endpoints 0 have the upper half of endpointRange.
-// Below are the canary's two, then those of the numbered Services, then those of
+// Below are the canary's, then those of the numbered Services, then those of
 // DNS.
 const (
-	secondVersions = 1 << 21
-	firstEndpoint  = 256
-	dnsEndpoints   = 2
+	secondVersions  = 1 << 21
+	canaryEndpoints = 250
+	firstEndpoint   = 256
+	dnsEndpoints    = 2
 )
 
 func (l layout) fits() bool {
@@ -100,8 +101,12 @@ func (l layout) dns() []netip.Addr {
 	return out
 }
 
-// canaryEndpoint is the only endpoint of the canary.
-func canaryEndpoint(version int) netip.Addr { return plus(endpointRange.Addr(), 1+version%2) }
+// canaryEndpoint is the only endpoint of the canary. Each version has another, so
+// that a program which is several changes late is not taken for one that has
+// followed the last.
+func canaryEndpoint(version int) netip.Addr {
+	return plus(endpointRange.Addr(), 1+version%canaryEndpoints)
+}
 
 // plus counts on from an IPv4 address.
 func plus(a netip.Addr, n int) netip.Addr {
