@@ -31,6 +31,7 @@ func (t *trial) newConnections(ctx context.Context) error {
 		r.Note = fmt.Sprintf("%d connections lost: %d through Services, %d to none, %d where there are no rules", lost, service.lost, other.lost, base.lost)
 	}
 	t.set("conn.service", r)
+	t.set("conn.through", reading{Value: micro(service.median()), N: n})
 	t.set("conn.slowest", reading{Value: micro(service.slowestAbove(base)), N: n})
 	return nil
 }

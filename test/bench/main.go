@@ -39,6 +39,7 @@ type settings struct {
 	self      string   // this program, to run in a virtual machine
 	args      []string // of this program
 	profiles  string
+	latency   sizes // empty: everything, at one size
 
 	coldLimit   time.Duration
 	changes     int
@@ -112,6 +113,10 @@ func (s *settings) flags() (f *flag.FlagSet, agent *string) {
 	f.IntVar(&s.endpoints, "endpoints", 10, "endpoints of each Service")
 	agent = f.String("sluice", "bin/sluice", "binary of the agent")
 	f.StringVar(&s.tools, "tools", "", "folder of etcd, kube-apiserver and kube-proxy (default $SLUICE_TOOLS, ~/.cache/sluice-tools)")
+	f.Func("latency", "numbers of Services, like 10,1000,10000: only time new connections, with each (nftables mode)", func(v string) (err error) {
+		s.latency, err = parseSizes(v)
+		return err
+	})
 	f.StringVar(&s.jsonFile, "json", "", "also write the results to this file")
 	f.BoolVar(&s.strace, "strace", false, "also count system calls, with strace, at the end")
 	f.StringVar(&s.profiles, "profiles", "", "write Go profiles, metrics and logs of the programs to this folder (they cost a little time)")
@@ -147,6 +152,9 @@ func (s *settings) complete(given map[string]bool) error {
 	}
 	if needsMachine(s) {
 		s.small(given)
+	}
+	if len(s.latency) > 0 {
+		return s.completeLatency(given)
 	}
 	return nil
 }
@@ -258,13 +266,20 @@ func run(ctx context.Context, s *settings, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	report.print(out)
+	complete := report.complete(s.programs)
+	if len(s.latency) > 0 {
+		complete = report.completeLatency(s.programs, s.latency)
+		report.printLatency(out, s.programs)
+	} else {
+		report.print(out)
+	}
+	report.printSkipped(out)
 	if s.jsonFile != "" {
 		if err := report.write(s.jsonFile); err != nil {
 			return fmt.Errorf("write results: %w", err)
 		}
 	}
-	if !report.complete(s.programs) {
+	if !complete {
 		return fmt.Errorf("some figures could not be taken: see above")
 	}
 	return nil
@@ -282,10 +297,13 @@ func runHere(ctx context.Context, s *settings, dir string, r *report) error {
 		return err
 	}
 	defer control.close()
+	c.writer = control
+	if len(s.latency) > 0 {
+		return measureLatency(ctx, c, r, control.fill)
+	}
 	if err := control.fill(ctx, s.services); err != nil {
 		return err
 	}
-	c.writer = control
 	return measureAll(ctx, c, r, func() error { return nil })
 }
 

@@ -189,6 +189,9 @@ func (r *report) print(w io.Writer) {
 			}
 		}
 	}
+}
+
+func (r *report) printSkipped(w io.Writer) {
 	for _, s := range r.Skipped {
 		fmt.Fprintf(w, "\nNot measured: %s\n", s)
 	}
