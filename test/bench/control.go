@@ -13,11 +13,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"syscall"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,18 +26,22 @@ import (
 	"github.com/sluice-proxy/sluice/test/netlab"
 )
 
-const adminToken = "admin"
+const (
+	adminToken = "admin"
+	etcdURL    = "http://127.0.0.1:2379"
+)
 
 var controlAddr = netip.MustParseAddr("192.168.100.20")
 
 // control is a real control plane without controllers, and who writes to it.
 type control struct {
-	s      *settings
-	dir    string
-	ns     *netlab.Namespace // which has controlAddr
-	procs  []*process
-	client *kubernetes.Clientset
-	filled int // with how many numbered Services
+	s       *settings
+	dir     string
+	ns      *netlab.Namespace // which has controlAddr
+	procs   []*process
+	client  *kubernetes.Clientset
+	pattern pattern // of the numbered Services
+	filled  int     // how many of them there are
 }
 
 // newControl starts it and creates everything but the numbered Services.
@@ -73,13 +75,13 @@ func (c *control) start(ctx context.Context) error {
 	progress("starting etcd and kube-apiserver")
 	etcd, err := start(c.ns, file("etcd.log"), nil, filepath.Join(c.s.tools, "etcd"),
 		"--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn", "--quota-backend-bytes=4294967296",
-		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380")
+		"--listen-client-urls="+etcdURL, "--advertise-client-urls="+etcdURL, "--listen-peer-urls=http://127.0.0.1:2380")
 	if err != nil {
 		return err
 	}
 	c.procs = append(c.procs, etcd)
 	api, err := start(c.ns, file("apiserver.log"), nil, filepath.Join(c.s.tools, "kube-apiserver"),
-		"--etcd-servers=http://127.0.0.1:2379", "--bind-address="+controlAddr.String(), "--secure-port=6443", "--advertise-address="+controlAddr.String(),
+		"--etcd-servers="+etcdURL, "--bind-address="+controlAddr.String(), "--secure-port=6443", "--advertise-address="+controlAddr.String(),
 		"--cert-dir="+file("certs"), "--token-auth-file="+file("tokens.csv"), "--authorization-mode=AlwaysAllow", "--enable-priority-and-fairness=false",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+file("sa.key"), "--service-account-signing-key-file="+file("sa.key"),
 		"--service-cluster-ip-range="+serviceRange.String(), "--profiling=false", "--shutdown-delay-duration=0s")
@@ -178,35 +180,6 @@ func (c *control) createOthers(ctx context.Context) error {
 		return err
 	}
 	return c.create(ctx, canary, []netip.Addr{canaryEndpoint(0)})
-}
-
-// fill creates numbered Services and their slices until there are as many as
-// wanted. Five milliseconds for one are usual; twenty are the end.
-func (c *control) fill(ctx context.Context, services int) error {
-	progress("creating Services %d to %d with %d endpoints each", c.filled+1, services, c.s.endpoints)
-	limit := 2*time.Minute + time.Duration(services-c.filled)*20*time.Millisecond
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done in %s", limit))
-	defer cancel()
-	var done atomic.Int64
-	done.Store(int64(c.filled))
-	workers, ctx := errgroup.WithContext(ctx)
-	workers.SetLimit(32)
-	for i := c.filled; i < services; i++ {
-		workers.Go(func() error {
-			if err := c.create(ctx, numbered(i), c.s.layout().of(i, 0)); err != nil {
-				return err
-			}
-			if n := done.Add(1); n%2500 == 0 {
-				progress("%d Services created", n)
-			}
-			return nil
-		})
-	}
-	if err := workers.Wait(); err != nil {
-		return err
-	}
-	c.filled = services
-	return nil
 }
 
 func (c *control) create(ctx context.Context, r serviceRef, endpoints []netip.Addr) error {

@@ -126,6 +126,19 @@ func fakeProgram(t *testing.T, file, command string) {
 	}
 }
 
+// firstEndpoints has one endpoint for each Service of a run.
+func firstEndpoints(l layout) map[netip.AddrPort]netip.AddrPort {
+	to := map[netip.AddrPort]netip.AddrPort{
+		netip.AddrPortFrom(kubernetesIP, 443): netip.AddrPortFrom(controlAddr, 6443),
+		dns.addr():                            netip.AddrPortFrom(l.dns()[0], endpointPort),
+		canary.addr():                         netip.AddrPortFrom(canaryEndpoint(0), endpointPort),
+	}
+	for i := range l.services {
+		to[numbered(i).addr()] = netip.AddrPortFrom(l.endpoint(i, 0, 0), endpointPort)
+	}
+	return to
+}
+
 // TestGivesUp measures a program that never serves anything, and one that serves
 // but does not follow: what takes too long is said so, and the rest is measured.
 func TestGivesUp(t *testing.T) {
@@ -146,23 +159,14 @@ func TestGivesUp(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	const services = 12
-	l := layout{services, 2}
-	to := map[netip.AddrPort]netip.AddrPort{
-		netip.AddrPortFrom(kubernetesIP, 443): netip.AddrPortFrom(controlAddr, 6443),
-		dns.addr():                            netip.AddrPortFrom(l.dns()[0], endpointPort),
-		canary.addr():                         netip.AddrPortFrom(canaryEndpoint(0), endpointPort),
-	}
-	for i := range services {
-		to[numbered(i).addr()] = netip.AddrPortFrom(l.endpoint(i, 0, 0), endpointPort)
-	}
+	l := layout{12, 2}
 	rules := filepath.Join(tools, "rules")
-	if err := os.WriteFile(rules, []byte(dnat(to)), 0o644); err != nil {
+	if err := os.WriteFile(rules, []byte(dnat(firstEndpoints(l))), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	fakeProgram(t, filepath.Join(tools, peer), "true")
 	fakeProgram(t, filepath.Join(tools, ours), "nft -f "+rules)
-	s, err := parse([]string{"-mode", modeNFTables, "-tools", tools, "-sluice", filepath.Join(tools, ours), "-services", fmt.Sprint(services), "-endpoints", "2",
+	s, err := parse([]string{"-mode", modeNFTables, "-tools", tools, "-sluice", filepath.Join(tools, ours), "-services", fmt.Sprint(l.services), "-endpoints", fmt.Sprint(l.endpoints),
 		"-changes", "2", "-burst", "6", "-connections", "40", "-rest", "1s", "-cold-limit", "15s", "-follow-limit", "2s", "-repair-limit", "2s"})
 	if err != nil {
 		t.Fatal(err)
@@ -171,8 +175,7 @@ func TestGivesUp(t *testing.T) {
 	if err := run(t.Context(), s, &out); err != nil {
 		t.Errorf("what is given up is a result, not an error: %v", err)
 	}
-	t.Log(out.String())
-	for _, row := range []struct{ title, peer, ours string }{
+	checkRows(t, out.String(), []row{
 		{"cold start until every Service answers", "> 15 s", ""},
 		{"CPU time of a cold start", "> 0 s", "0 s"},
 		{"endpoint change until traffic follows, p99", "-", "> 2 s"},
@@ -182,20 +185,29 @@ func TestGivesUp(t *testing.T) {
 		{"memory after all changes", "-", ""},
 		{"rules flushed, until every Service answers again", "-", "> 2 s"},
 		{"new connection to a Service, added latency", "-", ""},
-	} {
-		_, line, _ := strings.Cut(out.String(), "| "+row.title+" ")
-		cells := strings.Split(line, "|")
-		if len(cells) < 3 {
-			t.Errorf("no row %q", row.title)
-			continue
-		}
-		for k, want := range []string{row.peer, row.ours} {
-			if got := strings.TrimSpace(cells[k+1]); got != want && want != "" || got == "" || got == "-" && want == "" {
-				t.Errorf("%s: %q in column %d, want %q", row.title, got, k+1, want)
-			}
-		}
-	}
+	})
 	if n := strings.Count(out.String(), "Not measured"); n != 1 || !strings.Contains(out.String(), "kube-proxy, nftables: the rest of its figures: cold start takes more than 15s") {
 		t.Errorf("%d holes are named, want one", n)
+	}
+}
+
+// row is what a row of the table should say; "" for anything but nothing.
+type row struct{ title, peer, ours string }
+
+func checkRows(t *testing.T, table string, rows []row) {
+	t.Helper()
+	for _, r := range rows {
+		_, line, _ := strings.Cut(table, "| "+r.title+" ")
+		cells := strings.Split(line, "|")
+		if len(cells) < 3 {
+			t.Errorf("no row %q in\n%s", r.title, table)
+			continue
+		}
+		for k, want := range []string{r.peer, r.ours} {
+			got := strings.TrimSpace(cells[k+1])
+			if want == "" && (got == "" || got == "-") || want != "" && got != want {
+				t.Errorf("%s: %q in column %d, want %q, of\n%s", r.title, got, k+1, want, table)
+			}
+		}
 	}
 }

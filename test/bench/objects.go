@@ -136,11 +136,13 @@ func serviceObject(r serviceRef) *corev1.Service {
 	}
 }
 
+func sliceName(r serviceRef) string { return r.name + "-x7k2p" }
+
 // sliceObject is the one slice of a Service. Its endpoints are on another node.
 func sliceObject(r serviceRef, addrs []netip.Addr) *discoveryv1.EndpointSlice {
 	name, port, proto, ready, node := "http", int32(endpointPort), corev1.ProtocolTCP, true, "elsewhere"
 	s := &discoveryv1.EndpointSlice{
-		ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: r.name + "-x7k2p",
+		ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: sliceName(r),
 			Labels: map[string]string{discoveryv1.LabelServiceName: r.name, discoveryv1.LabelManagedBy: "endpointslice-controller.k8s.io"}},
 		AddressType: discoveryv1.AddressTypeIPv4,
 		Ports:       []discoveryv1.EndpointPort{{Name: &name, Port: &port, Protocol: &proto}},
