@@ -36,7 +36,7 @@ demo: build ## show the agent at work in namespaces of its own (MODE=iptables or
 	@hack/install.sh
 	@hack/demo.sh $(MODE)
 
-bench: build ## measure against kube-proxy, side by side
+bench: build ## measure against kube-proxy, side by side (MODE=iptables, ipvs or nftables)
 	@hack/install.sh
 	@hack/tools.sh kube-proxy
 	@hack/bench.sh $(MODE)

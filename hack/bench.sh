@@ -1,8 +1,8 @@
 #!/bin/bash
 # bench.sh MODE [flags of test/bench]: measures Sluice and kube-proxy side by side
-# (test/bench/README.md says how) and prints the table. MODE is iptables or ipvs.
-# The defaults take about twenty minutes, most of them for kube-proxy. Where the
-# kernel has no IPVS, ipvs mode is measured in a User-Mode Linux.
+# (test/bench/README.md says how) and prints the table. MODE is iptables, ipvs or
+# nftables. The defaults take about twenty minutes, most of them for kube-proxy.
+# Where the kernel has no IPVS, ipvs mode is measured in a User-Mode Linux.
 # It needs root over network namespaces; a plain user gets that from a user
 # namespace, where the kernel allows it.
 set -euo pipefail

@@ -87,8 +87,21 @@ func TestDifferences(t *testing.T) {
 	}
 }
 
-// Endpoints and Services have addresses of their own, in their ranges.
+// Endpoints and Services have addresses of their own, in their ranges, however
+// many a run asks for.
 func TestAddresses(t *testing.T) {
+	for _, l := range []layout{{1, 1}, {10000, 10}, {5000, 50}, {40000, 5}, {20000, maxEndpoints}, {maxServices, 1}} {
+		t.Run(fmt.Sprintf("%dx%d", l.services, l.endpoints), func(t *testing.T) { testAddresses(t, l) })
+	}
+	if l := (layout{maxServices, 21}); l.fits() {
+		t.Errorf("%v fits", l)
+	}
+}
+
+func testAddresses(t *testing.T, l layout) {
+	if !l.fits() {
+		t.Fatal("does not fit")
+	}
 	seen := map[netip.Addr]string{}
 	add := func(a netip.Addr, in netip.Prefix, what string) {
 		t.Helper()
@@ -103,36 +116,162 @@ func TestAddresses(t *testing.T) {
 	add(kubernetesIP, serviceRange, "kubernetes")
 	add(dnsIP, serviceRange, "dns")
 	add(canaryIP, serviceRange, "canary")
-	add(canaryEndpoint(0), endpointRange, "canary's endpoint")
-	add(canaryEndpoint(1), endpointRange, "canary's other endpoint")
-	for _, i := range []int{0, 1, 2, maxServices / 2, maxServices - 2, maxServices - 1, maxServices} { // the last stands for DNS
-		add(numbered(i).ip, serviceRange, "service")
-		for j := range maxEndpoints {
-			add(endpointOf(i, j, 0), endpointRange, "endpoint")
-		}
-		add(endpointOf(i, 0, 1), endpointRange, "other endpoint")
+	for version := range canaryEndpoints {
+		add(canaryEndpoint(version), endpointRange, "canary's endpoint")
 	}
-	if endpointOf(7, 0, 2) != endpointOf(7, 0, 0) || endpointOf(7, 3, 1) != endpointOf(7, 3, 0) {
+	for _, a := range l.dns() {
+		add(a, endpointRange, "endpoint of DNS")
+	}
+	for i := range l.services {
+		add(numbered(i).ip, serviceRange, "service")
+		for _, a := range l.of(i, 0) {
+			add(a, endpointRange, "endpoint")
+		}
+		add(l.endpoint(i, 0, 1), endpointRange, "other endpoint")
+	}
+	if l.endpoint(7, 0, 2) != l.endpoint(7, 0, 0) || l.endpoint(7, 3, 1) != l.endpoint(7, 3, 0) {
 		t.Error("a change must swap endpoint 0, to and fro, and no other")
 	}
 }
 
+func TestParse(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string // in the error
+	}{
+		{[]string{"-mode", "userspace"}, "none of iptables, ipvs, nftables"},
+		{[]string{"-mode", "nftables", "-variants", "nft"}, "nftables mode has none"},
+		{[]string{"-variants", "nftables"}, "neither legacy nor nft"},
+		{[]string{"-programs", "calico"}, "neither kube-proxy nor sluice"},
+		{[]string{"-endpoints", "101"}, "-endpoints 1 to 100"},
+		{[]string{"-services", "30000", "-endpoints", "100"}, "not so many addresses"},
+		{[]string{"-changes", "0"}, "at least 1"},
+		{[]string{"-latency", "10"}, "only in nftables mode"},
+		{[]string{"-mode", "nftables", "-latency", "10", "-services", "5"}, "do not go together"},
+		{[]string{"-mode", "nftables", "-latency", "10,200000"}, "-services must be"},
+		{[]string{"-rest", "1ms"}, "at least 1s"},
+		{[]string{"x"}, "unknown argument"},
+	} {
+		if _, err := parse(c.args); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%v: error %v, want %q", c.args, err, c.want)
+		}
+	}
+}
+
+func TestParseSizes(t *testing.T) {
+	got, err := parseSizes("1000,10,10,40000")
+	if want := (sizes{10, 1000, 40000}); err != nil || !slices.Equal(got, want) {
+		t.Errorf("parseSizes = %v, %v, want %v", got, err, want)
+	}
+	for _, bad := range []string{"", "10,", "10,x", "0"} {
+		if got, err := parseSizes(bad); err == nil {
+			t.Errorf("parseSizes(%q) = %v, want an error", bad, got)
+		}
+	}
+}
+
+// What is known of changes when the last was given up.
+func TestChangeReadings(t *testing.T) {
+	const limit = 2 * time.Second
+	ms := func(n int) followed { return followed{took: time.Duration(n) * time.Millisecond} }
+	late := followed{took: limit, lost: 3, late: true}
+	for _, c := range []struct {
+		name             string
+		changes          []followed
+		p50, p99, failed reading
+	}{
+		{"all in time", []followed{ms(9), ms(2), {took: limit * 2, lost: 1}}, reading{Value: 9, N: 3}, reading{Value: 4000, N: 3}, reading{Value: 1, N: 3}},
+		{"the last late", []followed{ms(9), ms(2), late}, reading{Value: 9, N: 3}, reading{Value: 2000, Over: true, N: 3}, reading{Value: 3, Over: true, N: 3}},
+		{"the first late", []followed{late}, reading{Value: 2000, Over: true, N: 1}, reading{Value: 2000, Over: true, N: 1}, reading{Value: 3, Over: true, N: 1}},
+	} {
+		got := changeReadings(c.changes)
+		for id, want := range map[string]reading{"change.p50": c.p50, "change.p99": c.p99, "change.failed": c.failed} {
+			if got[id] != want {
+				t.Errorf("%s: %s = %+v, want %+v", c.name, id, got[id], want)
+			}
+		}
+	}
+}
+
+// When Services are back is told by attempts that began after the flush.
+func TestOutage(t *testing.T) {
+	epoch := time.Unix(0, 0)
+	at := func(ms int) time.Time { return epoch.Add(time.Duration(ms) * time.Millisecond) }
+	good := func(ms int) attempt { return attempt{at(ms), at(ms + 1), true} }
+	bad := func(ms int) attempt { return attempt{at(ms), at(ms + 5), false} }
+	for _, c := range []struct {
+		name     string
+		attempts []attempt // of a flush from 10 to 20
+		until    time.Time
+		failed   int
+	}{
+		{"an outage", []attempt{bad(5), good(11), bad(15), bad(22), good(30), bad(40)}, at(31), 2},
+		{"back before the flush has ended", []attempt{good(9), bad(12), good(18), good(20)}, at(21), 1},
+		{"nothing was lost", []attempt{good(9), good(19), good(21)}, at(22), 0},
+		{"not back", []attempt{good(9), bad(12), bad(24)}, time.Time{}, 2},
+	} {
+		o := outage{flushing: at(10)}
+		for _, a := range c.attempts {
+			if !a.began.Before(at(20)) {
+				o.flushed = at(20)
+			}
+			o.note(a)
+		}
+		if !o.until.Equal(c.until) || o.failed != c.failed {
+			t.Errorf("%s: until %v, %d failed, want %v, %d", c.name, o.until.Sub(epoch), o.failed, c.until.Sub(epoch), c.failed)
+		}
+	}
+}
+
+func TestLatencyTable(t *testing.T) {
+	conn := func(base, through, added float64) map[string]reading {
+		return map[string]reading{"conn.base": {Value: base}, "conn.through": {Value: through}, "conn.service": {Value: added}, "conn.slowest": {Value: added + 1}}
+	}
+	r := &report{Date: "today", Kernel: "6.18", CPU: "Some CPU", CPUs: 2, Tool: "nftables v1.0.6", Mode: modeNFTables, Endpoints: 2, Results: []*result{
+		{Program: peer, Version: "v1", Services: 10, LoadBefore: "1", Readings: conn(30, 34, 4)},
+		{Program: ours, Version: "v2", Services: 10, LoadBefore: "1", Readings: conn(30, 29, -1)},
+		{Program: peer, Version: "v1", Services: 40000, LoadBefore: "2", Readings: map[string]reading{"cold.all": {Value: 600, Over: true}}},
+		{Program: ours, Version: "v2", Services: 40000, LoadBefore: "2", Readings: conn(31, 36, 5)},
+	}}
+	var out bytes.Buffer
+	r.printLatency(&out, []string{peer, ours})
+	for _, want := range []string{
+		"### kube-proxy, v1\n",
+		"| 10       |  30.0 us |           34.0 us | +4.0 us |       +5.0 us | 1.00x | 1            |\n",
+		"| 40000    |        - |      not in 600 s |       - |             - |       | 2            |\n",
+		"| 40000    |  31.0 us |           36.0 us | +5.0 us |       +6.0 us |       | 2            |\n",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	both := []string{peer, ours}
+	if !r.completeLatency(both, sizes{10, 40000}) || !r.completeLatency([]string{peer}, sizes{10, 40000, 50000}) {
+		t.Error("a program that did not make it in time is a result")
+	}
+	if r.completeLatency(both, sizes{10, 40000, 50000}) || r.completeLatency([]string{"other"}, sizes{10}) {
+		t.Error("a report with holes calls itself complete")
+	}
+}
+
 func TestTable(t *testing.T) {
-	r := &report{Date: "today", Kernel: "6.18", CPU: "Some CPU", CPUs: 2, IPTables: "iptables v1.8.9", Mode: "iptables", Services: 10000, Endpoints: 10,
+	r := &report{Date: "today", Kernel: "6.18", CPU: "Some CPU", CPUs: 2, Tool: "iptables v1.8.9", Mode: "iptables", Services: 10000, Endpoints: 10,
 		variants: []string{"nft"}, Skipped: []string{"kube-proxy, nft: the rest of its figures: cold start takes more than 10m0s"},
 		Results: []*result{
 			{Program: peer, Version: "v1", Variant: "nft", LoadBefore: "1", LoadAfter: "2", Readings: map[string]reading{
-				"cold.important": {Value: 600, Over: true}, "rss.steady": {Value: 300}, "conn.other": {Value: 196}, "change.failed": {Value: 0}}},
+				"cold.important": {Value: 600, Over: true}, "rss.steady": {Value: 300}, "conn.other": {Value: 196}, "change.failed": {Value: 0}, "repair.one": {Value: 60000, Over: true}}},
 			{Program: ours, Version: "v2", Variant: "nft", LoadBefore: "3", LoadAfter: "4", Readings: map[string]reading{
 				"conn.base": {Value: 16.2}, "cold.important": {Value: 0.25}, "rss.steady": {Value: 100, Note: "not idle"}, "conn.other": {Value: -0.4}, "change.failed": {Value: 0}}},
 		}}
 	var out bytes.Buffer
 	r.print(&out)
+	r.printSkipped(&out)
 	for _, want := range []string{
 		"| cold start until kubernetes.default and DNS answer |    > 600 s |  0.25 s | > 2400.0x |  <= 0.30 s | met    |\n",
 		"| memory after all changes                           |    300 MiB | 100 MiB |      3.0x |  <= 90 MiB | missed |\n",
 		"| new connection to no Service, added latency        |    +196 us |   -0 us |           |   <= 15 us | met    |\n",
 		"| CPU time per 1,000 endpoint changes                |          - |       - |           |            |        |\n",
+		"| rules flushed, until a Service answers again       |     > 60 s |       - |           |            |        |\n",
 		"Note: sluice, memory after all changes: not idle\n",
 		"Beside sluice, a connection took 16 us where there are no rules.\n",
 		"Not measured: kube-proxy, nft: the rest of its figures: cold start takes more than 10m0s\n",
@@ -147,6 +286,12 @@ func TestTable(t *testing.T) {
 	if !r.complete([]string{peer}) {
 		t.Error("a program that did not make it in time is a result")
 	}
+	ipvs := &report{Mode: modeIPVS, variants: []string{"legacy"}}
+	var other bytes.Buffer
+	ipvs.print(&other)
+	if strings.Contains(other.String(), "rules flushed") {
+		t.Errorf("a row that the mode has not:\n%s", other.String())
+	}
 	r.Services = 500 // targets are for 10,000
 	out.Reset()
 	r.print(&out)
@@ -159,7 +304,7 @@ func TestTable(t *testing.T) {
 // none of them.
 func TestRun(t *testing.T) {
 	if testing.Short() {
-		t.Skip("takes half a minute")
+		t.Skip("takes a minute")
 	}
 	if err := netlab.Supported(); err != nil {
 		t.Skip(err)
@@ -171,23 +316,33 @@ func TestRun(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", agent, "../../cmd/sluice").CombinedOutput(); err != nil {
 		t.Fatalf("build the agent: %v\n%s", err, out)
 	}
+	t.Run("iptables", func(t *testing.T) { testRun(t, "nft", "-sluice", agent, "-variants", "nft") })
+	t.Run("nftables", func(t *testing.T) { testRun(t, modeNFTables, "-sluice", agent, "-mode", modeNFTables) })
+}
+
+func testRun(t *testing.T, name string, args ...string) {
+	t.Parallel()
 	profiles := t.TempDir()
-	s, err := parse([]string{"-sluice", agent, "-programs", ours, "-variants", "nft", "-services", "12", "-endpoints", "2",
-		"-changes", "2", "-burst", "6", "-connections", "40", "-rest", "1s", "-profiles", profiles})
+	s, err := parse(append(args, "-programs", ours, "-services", "12", "-endpoints", "2",
+		"-changes", "2", "-burst", "6", "-connections", "40", "-rest", "1s", "-profiles", profiles))
 	if err != nil {
 		t.Skipf("%v: run hack/tools.sh etcd kube-apiserver", err)
 	}
 	var out bytes.Buffer
-	if err := run(context.Background(), s, &out); err != nil {
+	if err := run(t.Context(), s, &out); err != nil {
 		t.Fatalf("%v\n%s", err, out.String())
 	}
 	if strings.Contains(out.String(), "Not measured") {
 		t.Errorf("not everything was measured:\n%s", out.String())
 	}
-	for _, name := range []string{"nft-sluice-heap.pprof", "nft-sluice-heap-end.pprof", "nft-sluice-allocs.pprof", "nft-sluice-metrics", "nft-sluice.log"} {
-		if info, err := os.Stat(filepath.Join(profiles, name)); err != nil || info.Size() == 0 {
-			t.Errorf("no profile %s: %v", name, err)
+	for _, file := range []string{"heap.pprof", "heap-end.pprof", "allocs.pprof", "metrics"} {
+		file = name + "-sluice-" + file
+		if info, err := os.Stat(filepath.Join(profiles, file)); err != nil || info.Size() == 0 {
+			t.Errorf("no profile %s: %v", file, err)
 		}
+	}
+	if _, err := os.Stat(filepath.Join(profiles, name+"-sluice.log")); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -318,6 +473,38 @@ type stuck struct{}
 func (stuck) Read([]byte) (int, error)    { select {} }
 func (stuck) Write(p []byte) (int, error) { return len(p), nil }
 func (stuck) Close() error                { return nil }
+
+// TestRunLatency times connections with a few Services, and a few more.
+func TestRunLatency(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute")
+	}
+	t.Parallel()
+	if err := netlab.Supported(); err != nil {
+		t.Skip(err)
+	}
+	agent := filepath.Join(t.TempDir(), "sluice")
+	if out, err := exec.Command("go", "build", "-o", agent, "../../cmd/sluice").CombinedOutput(); err != nil {
+		t.Fatalf("build the agent: %v\n%s", err, out)
+	}
+	file := filepath.Join(t.TempDir(), "json")
+	s, err := parse([]string{"-mode", modeNFTables, "-sluice", agent, "-programs", ours, "-latency", "12,2", "-connections", "40", "-json", file})
+	if err != nil {
+		t.Skipf("%v: run hack/tools.sh etcd kube-apiserver", err)
+	}
+	var out bytes.Buffer
+	if err := run(t.Context(), s, &out); err != nil {
+		t.Fatalf("%v\n%s", err, out.String())
+	}
+	for _, want := range []string{"### sluice, Sluice ", "\n| 2        | ", "\n| 12       | "} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	if _, err := os.Stat(file); err != nil || strings.Contains(out.String(), "Not measured") {
+		t.Errorf("not everything was measured: %v\n%s", err, out.String())
+	}
+}
 
 // TestRunIPVS measures a tiny cluster in ipvs mode, in a virtual machine where the
 // kernel has no IPVS.

@@ -17,10 +17,9 @@ import (
 // no poller, so that a timed connect is one system call.
 type client struct{ ns *netlab.Namespace }
 
-// How long one attempt may take. A node without rules says "unreachable", but to
-// a socket that is busy sending, so the kernel does not pass it on and waits to
-// send again (tcp_v4_err): short attempts are what makes a wait for the first
-// answer exact.
+// How long one attempt may take. What a node without rules lets pass is refused at
+// once (serveEndpoints); short attempts keep a wait for the first answer exact when
+// rules that are not complete swallow it.
 const (
 	impatient = 20 * time.Millisecond // where no answer is the rule
 	patient   = 200 * time.Millisecond
@@ -29,6 +28,11 @@ const (
 // connect opens a connection and tells how long the handshake took. The caller
 // closes the socket. It must run in the namespace (Do).
 func connect(to netip.AddrPort, patience time.Duration) (fd int, took time.Duration, err error) {
+	return connectFrom(0, to, patience)
+}
+
+// connectFrom is connect from a given port; the kernel chooses one for 0.
+func connectFrom(port int, to netip.AddrPort, patience time.Duration) (fd int, took time.Duration, err error) {
 	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, 0, err
@@ -40,6 +44,9 @@ func connect(to netip.AddrPort, patience time.Duration) (fd int, took time.Durat
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
 	)
+	if err == nil && port != 0 {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Port: port})
+	}
 	if err == nil {
 		sa := &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}
 		began := time.Now()
@@ -79,25 +86,34 @@ func ask(to netip.AddrPort) (netip.Addr, error) {
 // answered tries addresses one after the other until each has taken a
 // connection, and returns when the last one did. Trying only one at a time
 // leaves the CPU to the program under test.
-func (c client) answered(ctx context.Context, addrs []netip.AddrPort, pause time.Duration) (at time.Time, err error) {
+func (c client) answered(ctx context.Context, addrs []netip.AddrPort, try func(netip.AddrPort) error, pause time.Duration) (at time.Time, err error) {
+	began := time.Now()
 	err = c.ns.Do(func() error {
 		for _, a := range addrs {
 			for {
-				fd, _, err := connect(a, impatient)
+				err := try(a)
 				at = time.Now()
 				if err == nil {
-					unix.Close(fd)
 					break
 				}
 				if ctx.Err() != nil {
 					return fmt.Errorf("%s does not answer: %w", a, err)
 				}
-				time.Sleep(pause)
+				time.Sleep(longer(pause, began))
 			}
 		}
 		return nil
 	})
 	return at, err
+}
+
+// briefly tries to connect.
+func briefly(to netip.AddrPort) error {
+	fd, _, err := connect(to, impatient)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return err
 }
 
 // follow asks until the wanted endpoint answers. It returns when that was, and
@@ -117,12 +133,16 @@ func (c client) follow(ctx context.Context, to netip.AddrPort, want netip.Addr) 
 			if ctx.Err() != nil {
 				return fmt.Errorf("traffic does not follow to %s", want)
 			}
-			// On one CPU who asks takes time from who is to answer: the longer it
-			// lasts, the less often, to within one in a hundred.
-			time.Sleep(max(time.Millisecond, time.Since(began)/100))
+			time.Sleep(longer(time.Millisecond, began))
 		}
 	})
 	return at, failed, err
+}
+
+// longer is the pause between two attempts. Who asks takes time from who is to
+// answer: the longer it lasts, the less often, to within one in a hundred.
+func longer(pause time.Duration, began time.Time) time.Duration {
+	return max(pause, time.Since(began)/100)
 }
 
 // target is one kind of connection to time: to one address, or to several in

@@ -76,23 +76,13 @@ func newCluster(s *settings, dir string, others ...netlab.HostSpec) (*cluster, e
 }
 
 // serveEndpoints gives the whole range of endpoints to the host "pods" and
-// listens there. An endpoint answers with its own address and closes.
+// listens there. An endpoint answers with its own address and closes. The host
+// also gets what was meant for a Service and no node translated, and refuses it.
 func (c *cluster) serveEndpoints() error {
-	dst := &net.IPNet{IP: endpointRange.Addr().AsSlice(), Mask: net.CIDRMask(endpointRange.Bits(), 32)}
-	fabric, pods := c.lab.Fabric.Netlink(), c.lab.Host("pods").Netlink()
-	link, err := fabric.LinkByName(c.lab.PodLink("pods"))
-	if err != nil {
-		return err
-	}
-	if err := fabric.RouteReplace(&netlink.Route{Dst: dst, LinkIndex: link.Attrs().Index, Gw: podsAddr.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}); err != nil {
-		return err
-	}
-	lo, err := pods.LinkByName("lo")
-	if err != nil {
-		return err
-	}
-	if err := pods.RouteReplace(&netlink.Route{Dst: dst, LinkIndex: lo.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST}); err != nil {
-		return err
+	for _, p := range []netip.Prefix{endpointRange, serviceRange} {
+		if err := c.routeToPods(ipNet(p)); err != nil {
+			return fmt.Errorf("route %s: %w", p, err)
+		}
 	}
 	l, err := c.lab.Host("pods").Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", endpointPort))
 	if err != nil {
@@ -114,6 +104,23 @@ func (c *cluster) serveEndpoints() error {
 		}
 	}()
 	return nil
+}
+
+// routeToPods makes the host "pods" have a range of addresses.
+func (c *cluster) routeToPods(dst *net.IPNet) error {
+	fabric, pods := c.lab.Fabric.Netlink(), c.lab.Host("pods").Netlink()
+	link, err := fabric.LinkByName(c.lab.PodLink("pods"))
+	if err != nil {
+		return err
+	}
+	if err := fabric.RouteReplace(&netlink.Route{Dst: dst, LinkIndex: link.Attrs().Index, Gw: podsAddr.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}); err != nil {
+		return err
+	}
+	lo, err := pods.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return pods.RouteReplace(&netlink.Route{Dst: dst, LinkIndex: lo.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST})
 }
 
 // changeCanary swaps the canary's endpoint and returns the new one.

@@ -13,11 +13,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"syscall"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,20 +26,25 @@ import (
 	"github.com/sluice-proxy/sluice/test/netlab"
 )
 
-const adminToken = "admin"
+const (
+	adminToken = "admin"
+	etcdURL    = "http://127.0.0.1:2379"
+)
 
 var controlAddr = netip.MustParseAddr("192.168.100.20")
 
 // control is a real control plane without controllers, and who writes to it.
 type control struct {
-	s      *settings
-	dir    string
-	ns     *netlab.Namespace // which has controlAddr
-	procs  []*process
-	client *kubernetes.Clientset
+	s       *settings
+	dir     string
+	ns      *netlab.Namespace // which has controlAddr
+	procs   []*process
+	client  *kubernetes.Clientset
+	pattern pattern // of the numbered Services
+	filled  int     // how many of them there are
 }
 
-// newControl starts it and creates the nodes.
+// newControl starts it and creates everything but the numbered Services.
 func newControl(ctx context.Context, s *settings, dir string, ns *netlab.Namespace) (c *control, err error) {
 	c = &control{s: s, dir: dir, ns: ns}
 	defer func() {
@@ -52,7 +55,10 @@ func newControl(ctx context.Context, s *settings, dir string, ns *netlab.Namespa
 	if err = c.start(ctx); err != nil {
 		return c, err
 	}
-	return c, c.createNodes(ctx, nodeSpecs(s))
+	if err = c.createNodes(ctx, nodeSpecs(s)); err != nil {
+		return c, err
+	}
+	return c, c.createOthers(ctx)
 }
 
 func (c *control) close() {
@@ -69,13 +75,13 @@ func (c *control) start(ctx context.Context) error {
 	progress("starting etcd and kube-apiserver")
 	etcd, err := start(c.ns, file("etcd.log"), nil, filepath.Join(c.s.tools, "etcd"),
 		"--data-dir="+file("etcd"), "--unsafe-no-fsync", "--log-level=warn", "--quota-backend-bytes=4294967296",
-		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380")
+		"--listen-client-urls="+etcdURL, "--advertise-client-urls="+etcdURL, "--listen-peer-urls=http://127.0.0.1:2380")
 	if err != nil {
 		return err
 	}
 	c.procs = append(c.procs, etcd)
 	api, err := start(c.ns, file("apiserver.log"), nil, filepath.Join(c.s.tools, "kube-apiserver"),
-		"--etcd-servers=http://127.0.0.1:2379", "--bind-address="+controlAddr.String(), "--secure-port=6443", "--advertise-address="+controlAddr.String(),
+		"--etcd-servers="+etcdURL, "--bind-address="+controlAddr.String(), "--secure-port=6443", "--advertise-address="+controlAddr.String(),
 		"--cert-dir="+file("certs"), "--token-auth-file="+file("tokens.csv"), "--authorization-mode=AlwaysAllow", "--enable-priority-and-fairness=false",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+file("sa.key"), "--service-account-signing-key-file="+file("sa.key"),
 		"--service-cluster-ip-range="+serviceRange.String(), "--profiling=false", "--shutdown-delay-duration=0s")
@@ -162,36 +168,18 @@ func (c *control) createNodes(ctx context.Context, specs []netlab.NodeSpec) erro
 	return nil
 }
 
-// fill creates all Services and their slices.
-func (c *control) fill(ctx context.Context) error {
-	progress("creating %d Services with %d endpoints each", c.s.services, c.s.endpoints)
+// createOthers creates what the numbered Services are beside.
+func (c *control) createOthers(ctx context.Context) error {
 	for i := range namespaces {
 		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespaceOf(i)}}
 		if _, err := c.client.CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
 			return fmt.Errorf("create namespace %s: %w", ns.Name, err)
 		}
 	}
-	if err := c.create(ctx, dns, endpointsOf(c.s.services, 2, 0)); err != nil {
+	if err := c.create(ctx, dns, c.s.layout().dns()); err != nil {
 		return err
 	}
-	if err := c.create(ctx, canary, []netip.Addr{canaryEndpoint(0)}); err != nil {
-		return err
-	}
-	var done atomic.Int64
-	workers, ctx := errgroup.WithContext(ctx)
-	workers.SetLimit(32)
-	for i := range c.s.services {
-		workers.Go(func() error {
-			if err := c.create(ctx, numbered(i), endpointsOf(i, c.s.endpoints, 0)); err != nil {
-				return err
-			}
-			if n := done.Add(1); n%2500 == 0 {
-				progress("%d Services created", n)
-			}
-			return nil
-		})
-	}
-	return workers.Wait()
+	return c.create(ctx, canary, []netip.Addr{canaryEndpoint(0)})
 }
 
 func (c *control) create(ctx context.Context, r serviceRef, endpoints []netip.Addr) error {
@@ -218,7 +206,7 @@ func (c *control) setCanary(ctx context.Context, version int) error {
 
 // setEndpoints gives the i-th Service the endpoints of a version.
 func (c *control) setEndpoints(ctx context.Context, i, version int) error {
-	return c.update(ctx, numbered(i), endpointsOf(i, c.s.endpoints, version))
+	return c.update(ctx, numbered(i), c.s.layout().of(i, version))
 }
 
 // await calls f until it returns nil.

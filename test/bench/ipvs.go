@@ -44,11 +44,3 @@ func (t *trial) flushIPVS(ctx context.Context) {
 	}
 	_, _ = t.node.Run(ctx, "ipset", "destroy") // those in use go with the namespace
 }
-
-// name is the mode and, where it matters, the variant.
-func (t *trial) name() string {
-	if t.s.mode == modeIPVS {
-		return t.s.mode
-	}
-	return t.variant
-}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -55,15 +56,30 @@ func runInMachine(ctx context.Context, s *settings, dir string, r *report) error
 		return err
 	}
 	defer c.close()
-	if err := c.fill(ctx); err != nil {
+	if err := c.fill(ctx, s.services); err != nil {
 		return err
 	}
+	if err := serveWriter(ctx, ns, c); err != nil {
+		return err
+	}
+	err = boot(ctx, s, dir, ns)
+	if rerr := readGuest(dir, r); rerr != nil {
+		return errors.Join(rerr, err)
+	}
+	if err != nil {
+		r.skip("%v", err)
+	}
+	return nil
+}
+
+// serveWriter lets the guest write.
+func serveWriter(ctx context.Context, ns *netlab.Namespace, w writer) error {
 	l, err := ns.Listen("tcp4", rpcAddr.String())
 	if err != nil {
 		return err
 	}
 	server := rpc.NewServer()
-	if err := server.RegisterName("Writer", &Writer{ctx, c}); err != nil {
+	if err := server.RegisterName("Writer", &Writer{ctx, w}); err != nil {
 		return err
 	}
 	go func() {
@@ -75,42 +91,47 @@ func runInMachine(ctx context.Context, s *settings, dir string, r *report) error
 			go server.ServeConn(conn)
 		}
 	}()
+	return nil
+}
 
-	if err := copyFile(s.self, filepath.Join(dir, "bench")); err != nil {
+// boot runs this program in a guest, and returns when it has ended.
+func boot(ctx context.Context, s *settings, dir string, ns *netlab.Namespace) error {
+	program := filepath.Join(dir, "bench")
+	if err := copyFile(s.self, program); err != nil {
 		return err
 	}
-	args := append([]string{filepath.Join(dir, "bench")}, s.args...)
+	args := append([]string{program}, s.args...)
 	args = append(args, "-sluice", s.paths[ours], "-tools", filepath.Dir(s.paths[peer]),
 		"-services", fmt.Sprint(s.services), "-cold-limit", fmt.Sprint(s.coldLimit),
 		"-changes", fmt.Sprint(s.changes), "-change-limit", fmt.Sprint(s.changeLimit))
 	if s.profiles != "" {
-		args = append(args, "-profiles", filepath.Join(dir, "profiles"))
+		profiles := filepath.Join(dir, "profiles")
+		args = append(args, "-profiles", profiles)
+		defer func() { _ = os.CopyFS(s.profiles, os.DirFS(profiles)) }() // the run's error counts
 	}
 	progress("booting a User-Mode Linux")
-	var code int
-	err = ns.Do(func() error {
-		code, err = uml.Run(ctx, uml.Machine{Memory: guestMemory, Dir: dir, Writable: dir, Env: []string{insideVariable + "=" + dir},
+	return ns.Do(func() error {
+		code, err := uml.Run(ctx, uml.Machine{Memory: guestMemory, Dir: dir, Writable: dir, Env: []string{insideVariable + "=" + dir},
 			Net: []uml.Tap{{Host: tapName, Guest: "eth0"}}}, args, os.Stderr)
+		if err == nil && code != 0 {
+			err = fmt.Errorf("the guest's part ended with status %d", code)
+		}
 		return err
 	})
-	if s.profiles != "" {
-		_ = os.CopyFS(s.profiles, os.DirFS(filepath.Join(dir, "profiles"))) // the run's error counts
-	}
-	if err == nil && code != 0 {
-		err = fmt.Errorf("the guest's part ended with status %d", code)
-	}
-	data, rerr := os.ReadFile(filepath.Join(dir, resultFile))
-	if rerr != nil {
-		return fmt.Errorf("no results (%w): %w", rerr, err)
+}
+
+// readGuest takes over what the guest has measured.
+func readGuest(dir string, r *report) error {
+	data, err := os.ReadFile(filepath.Join(dir, resultFile))
+	if err != nil {
+		return fmt.Errorf("no results: %w", err)
 	}
 	var guest report
-	if uerr := json.Unmarshal(data, &guest); uerr != nil {
-		return fmt.Errorf("read results: %w", uerr)
+	if err := json.Unmarshal(data, &guest); err != nil {
+		return fmt.Errorf("read results: %w", err)
 	}
-	r.Guest, r.Results, r.Skipped = "User-Mode Linux "+guest.Kernel+", one CPU", guest.Results, guest.Skipped
-	if err != nil {
-		r.skip("%v", err)
-	}
+	r.Guest, r.Results = "User-Mode Linux "+guest.Kernel+", one CPU", guest.Results
+	r.Skipped = append(guest.Skipped, r.Skipped...)
 	return nil
 }
 

@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -38,14 +39,17 @@ type settings struct {
 	self      string   // this program, to run in a virtual machine
 	args      []string // of this program
 	profiles  string
+	latency   sizes // empty: everything, at one size
 
 	coldLimit   time.Duration
 	changes     int
 	changeLimit time.Duration // for all changes together
+	followLimit time.Duration // for one
 	burst       int
 	burstRate   int
 	connections int
 	rest        time.Duration
+	repairLimit time.Duration
 }
 
 const (
@@ -54,7 +58,10 @@ const (
 
 	modeIPTables = "iptables"
 	modeIPVS     = "ipvs"
+	modeNFTables = "nftables"
 )
+
+var modes = []string{modeIPTables, modeIPVS, modeNFTables}
 
 func main() {
 	s, err := parse(os.Args[1:])
@@ -73,68 +80,114 @@ func main() {
 }
 
 func parse(args []string) (*settings, error) {
-	s := &settings{paths: map[string]string{}, args: args}
-	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	var variants, programs, agent string
-	f.StringVar(&s.mode, "mode", modeIPTables, "proxy mode to measure: "+modeIPTables+" or "+modeIPVS)
-	f.StringVar(&variants, "variants", "", "iptables variants to measure (default \"legacy,nft\", in ipvs mode \"legacy\")")
-	f.StringVar(&programs, "programs", peer+","+ours, "what to measure, in this order")
-	f.IntVar(&s.services, "services", 10000, "number of Services (2000 by default where ipvs mode needs a virtual machine)")
-	f.IntVar(&s.endpoints, "endpoints", 10, "endpoints of each Service")
-	f.StringVar(&agent, "sluice", "bin/sluice", "binary of the agent")
-	f.StringVar(&s.tools, "tools", "", "folder of etcd, kube-apiserver and kube-proxy (default $SLUICE_TOOLS, ~/.cache/sluice-tools)")
-	f.StringVar(&s.jsonFile, "json", "", "also write the results to this file")
-	f.BoolVar(&s.strace, "strace", false, "also count system calls, with strace, at the end")
-	f.StringVar(&s.profiles, "profiles", "", "write Go profiles, metrics and logs of the programs to this folder (they cost a little time)")
-	f.DurationVar(&s.coldLimit, "cold-limit", 10*time.Minute, "give up a cold start after this")
-	f.IntVar(&s.changes, "changes", 40, "endpoint changes to time, one after the other")
-	f.DurationVar(&s.changeLimit, "change-limit", 2*time.Minute, "begin no further change after this")
-	f.IntVar(&s.burst, "burst", 200, "endpoint changes for the CPU figure")
-	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
-	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
-	f.DurationVar(&s.rest, "rest", time.Minute, "how long to watch the program when nothing changes")
+	s := &settings{args: args}
+	f, agent := s.flags()
 	_ = f.Parse(args) // exits
 	given := map[string]bool{}
 	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
 	}
-	if s.mode != modeIPTables && s.mode != modeIPVS {
-		return nil, fmt.Errorf("-mode %s: only %s and %s can be measured yet", s.mode, modeIPTables, modeIPVS)
+	if err := s.complete(given); err != nil {
+		return nil, err
 	}
-	if variants == "" {
-		variants = "legacy,nft"
-		if s.mode == modeIPVS {
-			variants = "legacy" // it needs few rules
-		}
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	return s, s.find(*agent)
+}
+
+// flags defines them, and returns where the agent's path will be.
+func (s *settings) flags() (f *flag.FlagSet, agent *string) {
+	f = flag.NewFlagSet("bench", flag.ExitOnError)
+	list := func(to *[]string, name, usage string) {
+		f.Func(name, usage, func(v string) error {
+			*to = strings.Split(v, ",")
+			return nil
+		})
+	}
+	f.StringVar(&s.mode, "mode", modeIPTables, "proxy mode to measure: "+strings.Join(modes, ", "))
+	list(&s.variants, "variants", "iptables variants to measure (default \"legacy,nft\", in ipvs mode \"legacy\"; nftables mode has none)")
+	list(&s.programs, "programs", "what to measure, in this order (default \""+peer+","+ours+"\")")
+	f.IntVar(&s.services, "services", 10000, "number of Services (2000 by default where ipvs mode needs a virtual machine)")
+	f.IntVar(&s.endpoints, "endpoints", 10, "endpoints of each Service")
+	agent = f.String("sluice", "bin/sluice", "binary of the agent")
+	f.StringVar(&s.tools, "tools", "", "folder of etcd, kube-apiserver and kube-proxy (default $SLUICE_TOOLS, ~/.cache/sluice-tools)")
+	f.Func("latency", "numbers of Services, like 10,1000,10000: only time new connections, with each (nftables mode)", func(v string) (err error) {
+		s.latency, err = parseSizes(v)
+		return err
+	})
+	f.StringVar(&s.jsonFile, "json", "", "also write the results to this file")
+	f.BoolVar(&s.strace, "strace", false, "also count system calls, with strace, at the end")
+	f.StringVar(&s.profiles, "profiles", "", "write Go profiles, metrics and logs of the programs to this folder (they cost a little time)")
+	f.DurationVar(&s.coldLimit, "cold-limit", 10*time.Minute, "give up a cold start after this")
+	f.IntVar(&s.changes, "changes", 40, "endpoint changes to time, one after the other")
+	f.DurationVar(&s.changeLimit, "change-limit", 2*time.Minute, "begin no further change after this")
+	f.DurationVar(&s.followLimit, "follow-limit", 2*time.Minute, "give up waiting until traffic follows a change after this")
+	f.IntVar(&s.burst, "burst", 200, "endpoint changes for the CPU figure")
+	f.IntVar(&s.burstRate, "burst-rate", 20, "endpoint changes a second for the CPU figure")
+	f.IntVar(&s.connections, "connections", 6000, "connections of each kind to time")
+	f.DurationVar(&s.rest, "rest", time.Minute, "how long to watch the program when nothing changes")
+	f.DurationVar(&s.repairLimit, "repair-limit", time.Minute, "give up waiting until rules that were flushed are back after this")
+	return f, agent
+}
+
+// complete fills in what depends on other flags.
+func (s *settings) complete(given map[string]bool) error {
+	if !slices.Contains(modes, s.mode) {
+		return fmt.Errorf("-mode %s: it is none of %s", s.mode, strings.Join(modes, ", "))
+	}
+	switch {
+	case s.mode == modeNFTables && given["variants"]:
+		return errors.New("-variants: nftables mode has none")
+	case s.mode == modeNFTables:
+		s.variants = []string{modeNFTables} // stands in names
+	case !given["variants"] && s.mode == modeIPVS:
+		s.variants = []string{"legacy"} // it needs few rules
+	case !given["variants"]:
+		s.variants = []string{"legacy", "nft"}
+	}
+	if !given["programs"] {
+		s.programs = []string{peer, ours}
 	}
 	if needsMachine(s) {
 		s.small(given)
 	}
-	s.variants, s.programs = strings.Split(variants, ","), strings.Split(programs, ",")
+	if len(s.latency) > 0 {
+		return s.completeLatency(given)
+	}
+	return nil
+}
+
+func (s *settings) check() error {
 	for _, v := range s.variants {
-		if v != "legacy" && v != "nft" {
-			return nil, fmt.Errorf("-variants: %q is neither legacy nor nft", v)
+		if v != "legacy" && v != "nft" && s.mode != modeNFTables {
+			return fmt.Errorf("-variants: %q is neither legacy nor nft", v)
 		}
 	}
 	for _, p := range s.programs {
 		if p != peer && p != ours {
-			return nil, fmt.Errorf("-programs: %q is neither %s nor %s", p, peer, ours)
+			return fmt.Errorf("-programs: %q is neither %s nor %s", p, peer, ours)
 		}
 	}
 	if s.services < 1 || s.services > maxServices || s.endpoints < 1 || s.endpoints > maxEndpoints {
-		return nil, fmt.Errorf("-services must be 1 to %d, -endpoints 1 to %d", maxServices, maxEndpoints)
+		return fmt.Errorf("-services must be 1 to %d, -endpoints 1 to %d", maxServices, maxEndpoints)
+	}
+	if !s.layout().fits() {
+		return fmt.Errorf("-services %d with -endpoints %d: there are not so many addresses", s.services, s.endpoints)
 	}
 	for name, n := range map[string]int{"changes": s.changes, "burst": s.burst, "burst-rate": s.burstRate, "connections": s.connections} {
 		if n < 1 {
-			return nil, fmt.Errorf("-%s must be at least 1", name)
+			return fmt.Errorf("-%s must be at least 1", name)
 		}
 	}
 	if s.rest < time.Second {
-		return nil, errors.New("-rest must be at least 1s")
+		return errors.New("-rest must be at least 1s")
 	}
-	return s, s.find(agent)
+	return nil
 }
+
+func (s *settings) layout() layout { return layout{s.services, s.endpoints} }
 
 // small takes other defaults for a machine on which kube-proxy needs more than
 // twenty minutes for the usual ones, most of them to start ipset 10,000 times.
@@ -165,6 +218,7 @@ func (s *settings) find(agent string) error {
 		}
 		s.tools = filepath.Join(cache, "sluice-tools")
 	}
+	s.paths = map[string]string{}
 	needed := []string{filepath.Join(s.tools, "etcd"), filepath.Join(s.tools, "kube-apiserver")}
 	if os.Getenv(insideVariable) != "" {
 		needed = nil // they run outside
@@ -212,13 +266,20 @@ func run(ctx context.Context, s *settings, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	report.print(out)
+	complete := report.complete(s.programs)
+	if len(s.latency) > 0 {
+		complete = report.completeLatency(s.programs, s.latency)
+		report.printLatency(out, s.programs)
+	} else {
+		report.print(out)
+	}
+	report.printSkipped(out)
 	if s.jsonFile != "" {
 		if err := report.write(s.jsonFile); err != nil {
 			return fmt.Errorf("write results: %w", err)
 		}
 	}
-	if !report.complete(s.programs) {
+	if !complete {
 		return fmt.Errorf("some figures could not be taken: see above")
 	}
 	return nil
@@ -236,10 +297,13 @@ func runHere(ctx context.Context, s *settings, dir string, r *report) error {
 		return err
 	}
 	defer control.close()
-	if err := control.fill(ctx); err != nil {
+	c.writer = control
+	if len(s.latency) > 0 {
+		return measureLatency(ctx, c, r, control.fill)
+	}
+	if err := control.fill(ctx, s.services); err != nil {
 		return err
 	}
-	c.writer = control
 	return measureAll(ctx, c, r, func() error { return nil })
 }
 
@@ -255,12 +319,9 @@ func measureAll(ctx context.Context, c *cluster, r *report, done func() error) e
 				r.skip("%s, %s: interrupted", p, v)
 				continue
 			}
-			x, err := measure(ctx, c, p, v)
-			r.add(x)
-			if err != nil {
-				r.skip("%s, %s: the rest of its figures: %v", p, v, err)
-				progress("%s, %s: %v", p, v, err)
-			}
+			t := newTrial(c, c.s, p, v)
+			r.add(t.result)
+			r.skipAll(t, t.run(ctx, t.phases()))
 			if err := done(); err != nil {
 				return err
 			}

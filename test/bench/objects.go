@@ -12,7 +12,7 @@ import (
 )
 
 // The cluster's addresses. One listener has all of endpointRange, so that each of
-// 100,000 endpoints has an address of its own, as pods do.
+// up to two million endpoints has an address of its own, as pods do.
 var (
 	serviceRange  = netip.MustParsePrefix("10.96.0.0/12")
 	clusterRange  = netip.MustParsePrefix("10.128.0.0/9") // --cluster-cidr: pods of all nodes
@@ -26,7 +26,7 @@ var (
 
 const (
 	maxServices  = 100_000
-	maxEndpoints = 20
+	maxEndpoints = 100 // of one slice, as the controller makes them
 	namespaces   = 10
 
 	servicePort  = 80
@@ -56,17 +56,57 @@ func numbered(i int) serviceRef {
 	return serviceRef{namespaceOf(i), fmt.Sprintf("svc-%05d", i), plus(serviceRange.Addr(), 256+i), servicePort}
 }
 
-// endpointOf is the j-th endpoint of the i-th Service. Endpoint 0 has two
-// versions, which changes swap.
-func endpointOf(i, j, version int) netip.Addr {
-	if j == 0 && version%2 == 1 {
-		return plus(endpointRange.Addr(), 1<<21+i)
-	}
-	return plus(endpointRange.Addr(), 256+i*maxEndpoints+j)
+// layout says which addresses the endpoints of a run have: Service after Service
+// without gaps, so that many with few endpoints fit as well as few with many.
+type layout struct{ services, endpoints int }
+
+// The second versions of all endpoints 0 have the upper half of endpointRange.
+// Below are the canary's, then those of the numbered Services, then those of
+// DNS.
+const (
+	secondVersions  = 1 << 21
+	canaryEndpoints = 250
+	firstEndpoint   = 256
+	dnsEndpoints    = 2
+)
+
+func (l layout) fits() bool {
+	return firstEndpoint+l.services*l.endpoints+dnsEndpoints <= secondVersions && l.services <= secondVersions
 }
 
-// canaryEndpoint is the only endpoint of the canary.
-func canaryEndpoint(version int) netip.Addr { return plus(endpointRange.Addr(), 1+version%2) }
+// endpoint is the j-th endpoint of the i-th Service. Endpoint 0 has two versions,
+// which changes swap.
+func (l layout) endpoint(i, j, version int) netip.Addr {
+	if j == 0 && version%2 == 1 {
+		return plus(endpointRange.Addr(), secondVersions+i)
+	}
+	return plus(endpointRange.Addr(), firstEndpoint+i*l.endpoints+j)
+}
+
+// of are the endpoints of the i-th Service in a version.
+func (l layout) of(i, version int) []netip.Addr {
+	var out []netip.Addr
+	for j := range l.endpoints {
+		out = append(out, l.endpoint(i, j, version))
+	}
+	return out
+}
+
+// dns are the endpoints of DNS.
+func (l layout) dns() []netip.Addr {
+	var out []netip.Addr
+	for j := range dnsEndpoints {
+		out = append(out, l.endpoint(l.services, j, 0))
+	}
+	return out
+}
+
+// canaryEndpoint is the only endpoint of the canary. Each version has another, so
+// that a program which is several changes late is not taken for one that has
+// followed the last.
+func canaryEndpoint(version int) netip.Addr {
+	return plus(endpointRange.Addr(), 1+version%canaryEndpoints)
+}
 
 // plus counts on from an IPv4 address.
 func plus(a netip.Addr, n int) netip.Addr {
@@ -96,11 +136,13 @@ func serviceObject(r serviceRef) *corev1.Service {
 	}
 }
 
+func sliceName(r serviceRef) string { return r.name + "-x7k2p" }
+
 // sliceObject is the one slice of a Service. Its endpoints are on another node.
 func sliceObject(r serviceRef, addrs []netip.Addr) *discoveryv1.EndpointSlice {
 	name, port, proto, ready, node := "http", int32(endpointPort), corev1.ProtocolTCP, true, "elsewhere"
 	s := &discoveryv1.EndpointSlice{
-		ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: r.name + "-x7k2p",
+		ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: sliceName(r),
 			Labels: map[string]string{discoveryv1.LabelServiceName: r.name, discoveryv1.LabelManagedBy: "endpointslice-controller.k8s.io"}},
 		AddressType: discoveryv1.AddressTypeIPv4,
 		Ports:       []discoveryv1.EndpointPort{{Name: &name, Port: &port, Protocol: &proto}},
@@ -113,13 +155,4 @@ func sliceObject(r serviceRef, addrs []netip.Addr) *discoveryv1.EndpointSlice {
 		})
 	}
 	return s
-}
-
-// endpointsOf are the endpoints of the i-th Service in a version.
-func endpointsOf(i, n, version int) []netip.Addr {
-	var out []netip.Addr
-	for j := range n {
-		out = append(out, endpointOf(i, j, version))
-	}
-	return out
 }

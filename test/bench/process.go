@@ -51,7 +51,7 @@ func start(ns *netlab.Namespace, logFile string, env []string, program string, a
 	p.cmd = exec.Command("nsenter", append([]string{"--net=" + ns.Path(), "--", program}, args...)...)
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	started := make(chan error)
 	spawn <- func() { started <- p.cmd.Start() }
 	if err := <-started; err != nil {
@@ -66,7 +66,9 @@ func start(ns *netlab.Namespace, logFile string, env []string, program string, a
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// stop sends a signal, waits for the end, and kills what does not end in time.
+// stop sends a signal, waits for the end, and kills what does not end in time,
+// and what it leaves: an nft at work on a large ruleset outlives who started it,
+// and would take time from who is measured next.
 func (p *process) stop(sig syscall.Signal, patience time.Duration) {
 	_ = p.cmd.Process.Signal(sig) // it may have ended
 	select {
@@ -75,6 +77,7 @@ func (p *process) stop(sig syscall.Signal, patience time.Duration) {
 		_ = p.cmd.Process.Kill()
 		<-p.done
 	}
+	_ = syscall.Kill(-p.pid(), syscall.SIGKILL) // there may be nobody
 }
 
 // ended returns an error if the process does not run any more.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,6 +27,7 @@ type result struct {
 	Program    string             `json:"program"`
 	Version    string             `json:"version"`
 	Variant    string             `json:"variant"`
+	Services   int                `json:"services"`
 	LoadBefore string             `json:"loadBefore"`
 	LoadAfter  string             `json:"loadAfter"`
 	Readings   map[string]reading `json:"readings"`
@@ -52,7 +54,7 @@ type report struct {
 	Kernel    string    `json:"kernel"`
 	CPU       string    `json:"cpu"`
 	CPUs      int       `json:"cpus"`
-	IPTables  string    `json:"iptables"`
+	Tool      string    `json:"tool"` // the version of iptables or nft
 	Command   string    `json:"command"`
 	Mode      string    `json:"mode"`
 	Services  int       `json:"services"`
@@ -77,8 +79,12 @@ func newReport(s *settings) *report {
 			}
 		}
 	}
-	if out, err := exec.Command("iptables", "--version").Output(); err == nil {
-		r.IPTables, _, _ = strings.Cut(strings.TrimSpace(string(out)), " (")
+	tool := "iptables"
+	if s.mode == modeNFTables {
+		tool = "nft"
+	}
+	if out, err := exec.Command(tool, "--version").Output(); err == nil {
+		r.Tool, _, _ = strings.Cut(strings.TrimSpace(string(out)), " (")
 	}
 	return r
 }
@@ -97,11 +103,19 @@ func (r *report) skip(format string, args ...any) {
 	r.Skipped = append(r.Skipped, fmt.Sprintf(format, args...))
 }
 
+func (r *report) skipAll(t *trial, errs []error) {
+	for _, err := range errs {
+		r.skip("%s, %s: %v", t.program, t.variant, err)
+		progress("%s, %s: %v", t.program, t.variant, err)
+	}
+}
+
 // metric is a row of the table.
 type metric struct {
 	id, title, unit string
 	target          map[string]float64 // by mode and variant, or by mode; "" for all others
 	optional        bool               // there are kernels on which it cannot be taken
+	modes           []string           // that have it; nil if all have
 }
 
 func (m metric) targetOf(mode, variant string) (float64, bool) {
@@ -113,22 +127,27 @@ func (m metric) targetOf(mode, variant string) (float64, bool) {
 	return 0, false
 }
 
+func (m metric) in(mode string) bool { return m.modes == nil || slices.Contains(m.modes, mode) }
+
 func all(v float64) map[string]float64 { return map[string]float64{"": v} }
+
+// repairing are the modes that have all in rules.
+var repairing = []string{modeIPTables, modeNFTables}
 
 // Targets are the project's, for 10,000 Services with 10 endpoints each.
 var metrics = []metric{
 	{id: "cold.important", title: "cold start until kubernetes.default and DNS answer", unit: "s", target: all(0.3)},
-	{id: "cold.all", title: "cold start until every Service answers", unit: "s", target: map[string]float64{modeIPTables: 6, modeIPVS: 3}},
+	{id: "cold.all", title: "cold start until every Service answers", unit: "s", target: map[string]float64{modeIPTables: 6, modeIPVS: 3, modeNFTables: 0.8}},
 	{id: "cold.idle", title: "cold start until nothing is left to do", unit: "s"},
 	{id: "cold.cpu", title: "CPU time of a cold start", unit: "s"},
 	{id: "cold.starts", title: "processes started by then", optional: true},
 	{id: "change.p50", title: "endpoint change until traffic follows, median", unit: "ms"},
 	{id: "change.p99", title: "endpoint change until traffic follows, p99", unit: "ms",
-		target: map[string]float64{"iptables/legacy": 800, "iptables/nft": 250, modeIPVS: 10}},
+		target: map[string]float64{"iptables/legacy": 800, "iptables/nft": 250, modeIPVS: 10, modeNFTables: 10}},
 	{id: "change.failed", title: "connections lost during these changes", target: all(0)},
 	{id: "change.starts", title: "processes started per change", target: map[string]float64{modeIPVS: 0}, optional: true},
 	{id: "change.calls", title: "system calls per change, programs included", optional: true},
-	{id: "change.cpu", title: "CPU time per 1,000 endpoint changes", unit: "s", target: map[string]float64{modeIPVS: 1}},
+	{id: "change.cpu", title: "CPU time per 1,000 endpoint changes", unit: "s", target: map[string]float64{modeIPVS: 1, modeNFTables: 1}},
 	{id: "change.behind", title: "traffic follows the last of many changes after", unit: "s"},
 	{id: "rest.cpu", title: "CPU time of a minute without changes", unit: "s"},
 	{id: "rest.starts", title: "processes started in that minute", optional: true},
@@ -137,6 +156,9 @@ var metrics = []metric{
 	{id: "rss.peak", title: "memory, peak", unit: "MiB", target: all(130)},
 	{id: "rss.children", title: "memory, peak of one program that it starts", unit: "MiB"},
 	{id: "rss.together", title: "memory, peak of the process and its programs", unit: "MiB"},
+	{id: "repair.one", title: "rules flushed, until a Service answers again", unit: "ms", modes: repairing},
+	{id: "repair.failed", title: "connections lost until then", modes: repairing},
+	{id: "repair.all", title: "rules flushed, until every Service answers again", unit: "ms", modes: repairing},
 	{id: "conn.service", title: "new connection to a Service, added latency", unit: "us", target: all(15)},
 	{id: "conn.slowest", title: "the same, slowest of 20 Services", unit: "us"},
 	{id: "conn.other", title: "new connection to no Service, added latency", unit: "us", target: all(15)},
@@ -147,7 +169,7 @@ const targetServices, targetEndpoints = 10000, 10
 // print writes the table for people. It is Markdown as well.
 func (r *report) print(w io.Writer) {
 	fmt.Fprintf(w, "\n%d Services with %d endpoints each, %s mode, %s\n", r.Services, r.Endpoints, r.Mode, r.Date)
-	fmt.Fprintf(w, "Linux %s, %d x %s, %s\n", r.Kernel, r.CPUs, r.CPU, r.IPTables)
+	fmt.Fprintf(w, "Linux %s, %d x %s, %s\n", r.Kernel, r.CPUs, r.CPU, r.Tool)
 	if r.Guest != "" {
 		fmt.Fprintf(w, "The nodes in %s: absolute figures mean nothing there, and targets are not judged\n", r.Guest)
 	}
@@ -167,16 +189,19 @@ func (r *report) print(w io.Writer) {
 			}
 		}
 	}
+}
+
+func (r *report) printSkipped(w io.Writer) {
 	for _, s := range r.Skipped {
 		fmt.Fprintf(w, "\nNot measured: %s\n", s)
 	}
 }
 
 func (r *report) title(variant string) string {
-	if r.Mode == modeIPVS {
-		return modeIPVS
+	if r.Mode == modeIPTables {
+		return "iptables, " + variant + " variant"
 	}
-	return "iptables, " + variant + " variant"
+	return r.Mode
 }
 
 func (r *report) find(program, variant string) *result {
@@ -192,6 +217,9 @@ func (r *report) printTable(w io.Writer, variant string, p, o *result) {
 	rows := [][]string{{"", "kube-proxy", "Sluice", "ratio", "target", ""}}
 	var notes []string
 	for _, m := range metrics {
+		if !m.in(r.Mode) {
+			continue
+		}
 		a, aok := p.reading(m.id)
 		b, bok := o.reading(m.id)
 		row := []string{m.title, m.show(a, aok), m.show(b, bok), ratio(a, aok, b, bok), "", ""}
@@ -232,6 +260,8 @@ func (m metric) show(v reading, ok bool) string {
 	switch {
 	case !ok:
 		return "-"
+	case v.Over && m.unit == "ms" && v.Value >= 1000: // a limit
+		return "> " + number(v.Value/1000) + " s"
 	case v.Over:
 		return "> " + number(v.Value) + unit(m.unit)
 	case strings.HasPrefix(m.id, "conn."):
@@ -313,7 +343,7 @@ func (r *report) complete(programs []string) bool {
 	for _, v := range r.variants {
 		for _, p := range programs {
 			x := r.find(p, v)
-			if x == nil || !x.gaveUp() && !x.complete() {
+			if x == nil || !x.gaveUp() && !x.complete(r.Mode) {
 				return false
 			}
 		}
@@ -330,9 +360,9 @@ func (r *result) gaveUp() bool {
 	return false
 }
 
-func (r *result) complete() bool {
+func (r *result) complete(mode string) bool {
 	for _, m := range metrics {
-		if _, ok := r.Readings[m.id]; !ok && !m.optional {
+		if _, ok := r.Readings[m.id]; !ok && !m.optional && m.in(mode) {
 			return false
 		}
 	}

@@ -18,10 +18,6 @@ const straced = 50
 // quickly as strace lets it follow. It is no figure of time: nothing else is
 // measured then.
 func (t *trial) systemCalls(ctx context.Context) error {
-	if !t.s.strace {
-		return nil
-	}
-	progress("%s, %s: system calls", t.program, t.variant)
 	file := filepath.Join(t.c.dir, nodeName(t.program, t.variant)+".strace")
 	tracer, err := start(t.node, file+".log", nil, "strace", "-f", "-c", "-o", file, "-p", strconv.Itoa(t.proc.pid()))
 	if err != nil {
@@ -48,14 +44,12 @@ func (t *trial) systemCalls(ctx context.Context) error {
 		}
 		time.Sleep(100 * time.Millisecond) // one after the other, no two together
 	}
-	limit, cancel := context.WithTimeout(ctx, 2*time.Minute)
-	defer cancel()
-	want, written := t.c.changeCanary(limit)
-	if _, _, err := t.from.follow(limit, canary.addr(), want); err != nil {
+	last, err := t.change(ctx)
+	if err != nil {
 		return err
 	}
-	if err := <-written; err != nil {
-		return err
+	if last.late {
+		return fmt.Errorf("traffic does not follow in %s", t.s.followLimit)
 	}
 	tracer.stop(syscall.SIGINT, time.Minute)
 	data, err := os.ReadFile(file)
