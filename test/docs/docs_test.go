@@ -284,6 +284,34 @@ func TestQuotedRules(t *testing.T) {
 	}
 }
 
+// TestQuotedTables compares what blocks of nft's language in the nftables proxier's
+// README show with the scenario whose link stands last before them. What the README
+// has of kernels is test/kernel's to compare.
+func TestQuotedTables(t *testing.T) {
+	const name = "proxier/nftables/README.md"
+	scenario, inside, found := "", false, 0
+	link := regexp.MustCompile(`\.\./\.\./(test/scenarios/[a-z0-9-]+\.txtar)`)
+	for line := range strings.Lines(read(t, name)) {
+		if m := link.FindStringSubmatch(line); m != nil {
+			_, scenario, _ = strings.Cut(read(t, m[1]), "-- nftables-ipv4 --\n")
+		}
+		switch {
+		case line == "```nft\n":
+			inside = true
+		case strings.HasPrefix(line, "```"):
+			inside = false
+		case inside:
+			found++
+			if !strings.Contains("\n"+scenario, "\n"+line) {
+				t.Errorf("%s: the scenario's table does not have %s", name, line)
+			}
+		}
+	}
+	if found < 5 {
+		t.Errorf("found %d lines only", found)
+	}
+}
+
 // TestQuotedCommands keeps the README's way into a cluster and back the one that
 // deploy/README.md explains.
 func TestQuotedCommands(t *testing.T) {

@@ -2,6 +2,7 @@ package scenarios
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"net/netip"
 	"strings"
@@ -10,8 +11,37 @@ import (
 	"github.com/sluice-proxy/sluice/test/trace"
 )
 
-// Rules parses a ruleset of the proxier's as it stands on the scenario's node,
-// with the policy of FORWARD there.
+// Rules is a ruleset that packets can be followed through.
+type Rules interface {
+	Outcomes(h *trace.Host, p trace.Packet, memory trace.Memory) ([]trace.Outcome, error)
+}
+
+// hostFilter is the host's own filter table with a policy that drops. For nftables
+// it is one more table: what another one accepts is dropped all the same.
+const hostFilter = `
+table ip filter {
+	chain FORWARD {
+		type filter hook forward priority filter; policy drop;
+	}
+}
+table ip6 filter {
+	chain FORWARD {
+		type filter hook forward priority filter; policy drop;
+	}
+}
+`
+
+// NFTables parses a table of the proxier's as nft lists it, together with the policy
+// of FORWARD on the scenario's node.
+func (s *Scenario) NFTables(list string) (*trace.NFTables, error) {
+	if s.Settings.ForwardPolicy == "DROP" {
+		list += hostFilter
+	}
+	return trace.ParseNFTables(list)
+}
+
+// Rules parses an iptables ruleset of the proxier's as it stands on the scenario's
+// node, with the policy of FORWARD there.
 func (s *Scenario) Rules(save string) (*trace.Ruleset, error) {
 	if s.Settings.ForwardPolicy == "DROP" {
 		save = strings.Replace(save, ":FORWARD ACCEPT", ":FORWARD DROP", 1)
@@ -50,17 +80,10 @@ func (s *Scenario) machine() *trace.Host {
 	return m
 }
 
-// Follow traces a flow through node1's iptables ruleset, of the flow's family,
-// and returns what is not as the flow says: nil if all is well.
-func (s *Scenario) Follow(f *Flow, rules *trace.Ruleset) error {
-	p := trace.Packet{Src: netip.AddrPortFrom(f.Source, 40000), Dst: f.To, Protocol: f.Protocol.String()}
-	switch {
-	case f.From.Name == NodeName:
-	case f.From.On == NodeName:
-		p.In = s.PodLink(f.From)
-	default:
-		p.In = "eth0"
-	}
+// Follow traces a flow through node1's ruleset, of the flow's family, and returns
+// what is not as the flow says: nil if all is well.
+func (s *Scenario) Follow(f *Flow, rules Rules) error {
+	p := s.packet(f)
 	outs, err := rules.Outcomes(s.machine(), p, nil)
 	if err != nil {
 		return err
@@ -74,23 +97,51 @@ func (s *Scenario) Follow(f *Flow, rules *trace.Ruleset) error {
 	return s.followSticky(f, rules, p, outs)
 }
 
-func (s *Scenario) followSticky(f *Flow, rules *trace.Ruleset, p trace.Packet, outs []trace.Outcome) error {
+// Outcomes returns every way that a flow can take through node1's ruleset.
+func (s *Scenario) Outcomes(f *Flow, rules Rules) ([]trace.Outcome, error) {
+	return rules.Outcomes(s.machine(), s.packet(f), nil)
+}
+
+// packet is the first one of a flow, as it reaches node1.
+func (s *Scenario) packet(f *Flow) trace.Packet {
+	p := trace.Packet{Src: netip.AddrPortFrom(f.Source, 40000), Dst: f.To, Protocol: f.Protocol.String()}
+	switch {
+	case f.From.Name == NodeName:
+	case f.From.On == NodeName:
+		p.In = s.PodLink(f.From)
+	default:
+		p.In = "eth0"
+	}
+	return p
+}
+
+// followSticky: whichever endpoint a client had first, it has again until its time is
+// up, and then any.
+func (s *Scenario) followSticky(f *Flow, rules Rules, p trace.Packet, outs []trace.Outcome) error {
 	for _, first := range outs {
 		for _, step := range []struct {
-			at   time.Duration
-			ways int
-		}{{f.Sticky, 1}, {f.Sticky + time.Second, len(outs)}} {
+			at  time.Duration
+			any bool
+		}{{f.Sticky - time.Second, false}, {f.Sticky + time.Second, true}} {
 			p.At = step.at
-			again, err := rules.Outcomes(s.machine(), p, first.Recent)
+			again, err := rules.Outcomes(s.machine(), p, first.Memory)
 			if err != nil {
 				return err
 			}
-			if len(again) != step.ways || (step.ways == 1 && again[0].Dst != first.Dst) {
-				return fmt.Errorf("after %s to %s, %s later: %v", f.Text, first.Dst, step.at, again)
+			want := map[netip.AddrPort]float64{first.Dst: 1}
+			if step.any {
+				want = trace.Destinations(outs)
+			}
+			if got := trace.Destinations(again); !sameChances(got, want) {
+				return fmt.Errorf("after %s to %s, %s later: %v", f.Text, first.Dst, step.at, got)
 			}
 		}
 	}
 	return nil
+}
+
+func sameChances(a, b map[netip.AddrPort]float64) bool {
+	return maps.EqualFunc(a, b, func(x, y float64) bool { return math.Abs(x-y) < tolerance })
 }
 
 func (f *Flow) judge(outs []trace.Outcome) error {

@@ -22,7 +22,7 @@ func render(s *Scenario, f model.Family) string {
 // ruleset with the golden one, and follows every flow through it.
 func TestIPTables(t *testing.T) {
 	each(t, func(t *testing.T, s *Scenario) {
-		rules := map[model.Family]*trace.Ruleset{}
+		rules := map[model.Family]Rules{}
 		for _, family := range s.Families() {
 			text := render(s, family)
 			golden(t, s, "iptables-"+strings.ToLower(family.String()), text)
@@ -32,20 +32,25 @@ func TestIPTables(t *testing.T) {
 			}
 			rules[family] = rs
 		}
-		for i := range s.Flows {
-			f := &s.Flows[i]
-			if !f.In("iptables") {
-				continue
-			}
-			if rules[f.Family()] == nil {
-				t.Errorf("%s: no Service of family %s", f.Text, f.Family())
-				continue
-			}
+		followAll(t, s, "iptables", rules)
+	})
+}
+
+// followAll follows the flows of a mode.
+func followAll(t *testing.T, s *Scenario, mode string, rules map[model.Family]Rules) {
+	t.Helper()
+	for i := range s.Flows {
+		f := &s.Flows[i]
+		switch {
+		case !f.In(mode):
+		case rules[f.Family()] == nil:
+			t.Errorf("%s: no Service of family %s", f.Text, f.Family())
+		default:
 			if err := s.Follow(f, rules[f.Family()]); err != nil {
 				t.Errorf("%s:\n%v", f.Text, err)
 			}
 		}
-	})
+	}
 }
 
 // TestIPTablesStates: what is no new connection passes or not by its state, and

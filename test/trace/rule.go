@@ -400,21 +400,17 @@ func (a *args) recent(r *rule) {
 }
 
 func (w *walk) askRecent(mode, list string, seconds time.Duration) bool {
-	entries := w.result.Recent[list]
-	if entries == nil {
-		entries = map[netip.Addr]time.Duration{}
-		w.result.Recent[list] = entries
-	}
-	src := w.packet.Src.Addr()
-	seen, found := entries[src]
-	found = found && (seconds == 0 || w.packet.At-seen <= seconds)
+	entries := w.result.Memory.list(list)
+	src := w.packet.Src.Addr().String()
+	e, found := entries[src]
+	found = found && (seconds == 0 || w.packet.At-e.Seen <= seconds)
 	switch mode {
 	case "--set":
-		entries[src] = w.packet.At
+		entries[src] = Entry{Seen: w.packet.At}
 		return true
 	case "--update":
 		if found {
-			entries[src] = w.packet.At
+			entries[src] = Entry{Seen: w.packet.At}
 		}
 	case "--remove":
 		delete(entries, src)

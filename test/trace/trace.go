@@ -1,13 +1,14 @@
-// Package trace follows a packet through an iptables ruleset, given as
-// iptables-save text, the way netfilter would: hooks in their order, jumps,
-// gotos and returns, rules and policies, address translation, marks, random
-// choices and recent lists. Tests use it to ask what a ruleset does without a
-// kernel, for every outcome that chance allows.
+// Package trace follows a packet through a ruleset, given as the text that
+// iptables-save or "nft list" prints, the way netfilter would: hooks in their
+// order, jumps, gotos and returns, rules and policies, address translation, marks,
+// random choices, and what rules remember of earlier packets. Tests use it to ask
+// what a ruleset does without a kernel, for every outcome that chance allows.
 //
 // It knows netfilter and nothing of Services, plans or proxiers. A match or a
 // target that it does not know is an error that names the rule, so that no
-// answer is ever given by ignoring something. Of the tables, nat and filter are
-// followed; the others may be there but are not looked at.
+// answer is ever given by ignoring something. Of iptables' tables, nat and filter
+// are followed; the others may be there but are not looked at. Of nftables' language
+// it knows what this project's rules are made of.
 package trace
 
 import (
@@ -42,8 +43,8 @@ type Packet struct {
 	// destination was translated when it was (ctstate DNAT).
 	Translated bool
 
-	// At is when the packet passes, on any clock; only the matches of recent
-	// lists look at it.
+	// At is when the packet passes, on any clock; only rules that remember look at
+	// it.
 	At time.Duration
 }
 
@@ -107,16 +108,32 @@ func (v Verdict) String() string {
 	return [...]string{"forwarded", "delivered", "dropped", "rejected"}[v]
 }
 
-// Recent is the content of recent lists: by list and address, when it was last
-// seen. A nil Recent is empty. It is not changed by tracing.
-type Recent map[string]map[netip.Addr]time.Duration
+// Memory is what rules have noted of earlier packets, by the list or map that it
+// stands in and by key: a recent list's are addresses, a map's as nft writes them. A
+// nil Memory is empty. It is not changed by tracing.
+type Memory map[string]map[string]Entry
 
-func (r Recent) clone() Recent {
-	out := make(Recent, len(r))
-	for k, v := range r {
+// Entry is one note.
+type Entry struct {
+	Seen  time.Duration // when it was made, or prolonged
+	Keep  time.Duration // for how long from then; 0 in recent lists, whose matches say that
+	Value string        // of a map's element
+}
+
+func (m Memory) clone() Memory {
+	out := make(Memory, len(m))
+	for k, v := range m {
 		out[k] = maps.Clone(v)
 	}
 	return out
+}
+
+// list returns a list to write into.
+func (m Memory) list(name string) map[string]Entry {
+	if m[name] == nil {
+		m[name] = map[string]Entry{}
+	}
+	return m[name]
 }
 
 // Outcome is one way in which a packet can pass.
@@ -132,7 +149,7 @@ type Outcome struct {
 	SNAT        netip.AddrPort
 	Out         string // interface it leaves by
 	Mark        uint32
-	Recent      Recent // lists as the packet leaves them
+	Memory      Memory // as the packet leaves it
 
 	// Path are the rules that matched, in order, as "table CHAIN: rule".
 	Path []string
@@ -168,75 +185,92 @@ func Destinations(list []Outcome) map[netip.AddrPort]float64 {
 
 // Outcomes returns every way in which the packet can pass, following both
 // sides of each random match. Their probabilities add up to one.
-func (rs *Ruleset) Outcomes(h *Host, p Packet, recent Recent) ([]Outcome, error) {
+func (rs *Ruleset) Outcomes(h *Host, p Packet, memory Memory) ([]Outcome, error) {
+	return outcomes(func(choose func(int) int) (Outcome, error) {
+		return rs.Trace(h, p, memory, func(float64) bool { return choose(2) == 0 })
+	})
+}
+
+// outcomes takes every way of a walk, which asks choose for a number below its
+// argument wherever there are several.
+//
+// A walk cannot be forked in the middle, but it is cheap to repeat: script holds
+// the answers so far, and the walk gets 0 for what it asks beyond it. Raising the
+// last answer that can be raised gives the next walk.
+func outcomes(walk func(choose func(int) int) (Outcome, error)) ([]Outcome, error) {
+	type answer struct{ is, of int }
 	var out []Outcome
-	// A walk cannot be forked in the middle, but it is cheap to repeat: script
-	// holds the answers of the random matches so far, and the walk answers yes
-	// to those beyond it. Turning the last yes into a no gives the next walk.
-	var script []bool
+	var script []answer
 	for {
-		w := rs.newWalk(h, p, recent)
 		asked := 0
-		w.chance = func(float64) bool {
+		o, err := walk(func(n int) int {
 			if asked == len(script) {
-				script = append(script, true)
+				script = append(script, answer{0, n})
 			}
 			asked++
-			return script[asked-1]
-		}
-		o, err := w.run()
+			return script[asked-1].is
+		})
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, o)
-		for len(script) > 0 && !script[len(script)-1] {
+		for len(script) > 0 && script[len(script)-1].is == script[len(script)-1].of-1 {
 			script = script[:len(script)-1]
 		}
 		if len(script) == 0 {
 			return out, nil
 		}
-		script[len(script)-1] = false
+		script[len(script)-1].is++
 	}
 }
 
 // Trace returns one way in which the packet can pass; chance answers the
 // random matches, given the probability of yes.
-func (rs *Ruleset) Trace(h *Host, p Packet, recent Recent, chance func(float64) bool) (Outcome, error) {
-	w := rs.newWalk(h, p, recent)
-	w.chance = chance
+func (rs *Ruleset) Trace(h *Host, p Packet, memory Memory, chance func(float64) bool) (Outcome, error) {
+	w := newWalk(h, p, memory)
+	w.traverse, w.chance = rs.traverse, chance
 	return w.run()
 }
 
 // walk is one packet on its way.
 type walk struct {
-	rs     *Ruleset
 	host   *Host
 	packet Packet // with addresses and mark as they are now
 	hook   string
+	kind   string // of the rules that are asked there: "nat", "filter"
 	out    string
-	chance func(float64) bool
 	result Outcome
 	depth  int
 	steps  int
+
+	// again says that a packet that the host sends to itself comes in: nat is done with
+	// it.
+	again bool
+
+	// traverse takes the packet through the rules at a hook.
+	traverse func(w *walk, hook string) (verdictKind, error)
+
+	chance func(float64) bool // for iptables' rules
+	choose func(int) int      // for those of nftables
 }
 
-func (rs *Ruleset) newWalk(h *Host, p Packet, recent Recent) *walk {
-	return &walk{rs: rs, host: h, packet: p,
-		result: Outcome{Probability: 1, Translated: p.Translated, Recent: recent.clone()}}
+func newWalk(h *Host, p Packet, memory Memory) *walk {
+	return &walk{host: h, packet: p,
+		result: Outcome{Probability: 1, Translated: p.Translated, Memory: memory.clone()}}
 }
 
 // run takes the packet over the hooks. A packet that the host sends to itself
-// leaves and comes in again by lo; its translation is settled then, so the nat
-// rules of PREROUTING and INPUT are not asked a second time.
+// leaves and comes in again by lo.
 func (w *walk) run() (Outcome, error) {
 	fromHost := w.packet.In == ""
-	steps := []struct{ table, hook string }{{"nat", "PREROUTING"}}
+	hooks := []string{"PREROUTING"}
 	if fromHost {
 		w.out = w.host.route(w.packet.Dst.Addr())
-		steps = []struct{ table, hook string }{{"nat", "OUTPUT"}, {"filter", "OUTPUT"}}
+		hooks = []string{"OUTPUT", "POSTROUTING"}
 	}
-	for i := 0; i < len(steps); i++ {
-		verdict, err := w.traverse(steps[i].table, steps[i].hook)
+	for i := 0; i < len(hooks); i++ {
+		w.hook = hooks[i]
+		verdict, err := w.traverse(w, w.hook)
 		if err != nil {
 			return Outcome{}, err
 		}
@@ -245,18 +279,14 @@ func (w *walk) run() (Outcome, error) {
 		}
 		local := w.host.Local(w.packet.Dst.Addr())
 		switch {
-		case i == 0 && !fromHost && local:
-			steps = append(steps, []struct{ table, hook string }{{"filter", "INPUT"}, {"nat", "INPUT"}}...)
-		case i == 0 && !fromHost:
+		case w.hook == "PREROUTING" && local:
+			hooks = append(hooks, "INPUT")
+		case w.hook == "PREROUTING":
 			w.out = w.host.route(w.packet.Dst.Addr())
-			steps = append(steps, []struct{ table, hook string }{{"filter", "FORWARD"}, {"nat", "POSTROUTING"}}...)
-		case i == 0:
-			w.out = w.host.route(w.packet.Dst.Addr())
-		case i == 1 && fromHost:
-			steps = append(steps, struct{ table, hook string }{"nat", "POSTROUTING"})
-		case i == 2 && fromHost && local:
-			w.packet.In = "lo"
-			steps = append(steps, struct{ table, hook string }{"filter", "INPUT"})
+			hooks = append(hooks, "FORWARD", "POSTROUTING")
+		case w.hook == "POSTROUTING" && fromHost && local:
+			w.packet.In, w.again = "lo", true
+			hooks = append(hooks, "PREROUTING")
 		}
 	}
 	if w.host.Local(w.packet.Dst.Addr()) {
@@ -265,35 +295,53 @@ func (w *walk) run() (Outcome, error) {
 	return w.finish(Forwarded), nil
 }
 
+// asks says whether rules of a kind are asked: nat sees only the first packet of a
+// connection, and each hook of it once.
+func (w *walk) asks(kind string) bool {
+	w.kind = kind
+	return kind != "nat" || w.packet.State == New && !w.again
+}
+
+// rerouted is for after nat rules of OUTPUT: the packet may leave elsewhere now.
+func (w *walk) rerouted() {
+	if w.hook == "OUTPUT" {
+		w.out = w.host.route(w.packet.Dst.Addr())
+	}
+}
+
 func (w *walk) finish(v Verdict) Outcome {
 	o := w.result
 	o.Verdict, o.Dst, o.Mark, o.Out = v, w.packet.Dst, w.packet.Mark, w.out
 	return o
 }
 
-// traverse takes the packet through one built-in chain. nat sees only the first
-// packet of a connection.
-func (w *walk) traverse(tableName, hook string) (verdictKind, error) {
-	t := w.rs.tables[tableName]
-	if t == nil || (tableName == "nat" && w.packet.State != New) {
-		return accept, nil
+// hookTables are the tables whose built-in chains are at a hook, in order.
+var hookTables = map[string][]string{"PREROUTING": {"nat"}, "INPUT": {"filter", "nat"}, "FORWARD": {"filter"},
+	"OUTPUT": {"nat", "filter"}, "POSTROUTING": {"nat"}}
+
+// traverse takes the packet through the built-in chains at a hook.
+func (rs *Ruleset) traverse(w *walk, hook string) (verdictKind, error) {
+	for _, name := range hookTables[hook] {
+		t := rs.tables[name]
+		if t == nil || t.chains[hook] == nil || !w.asks(name) {
+			continue
+		}
+		if v, err := t.enter(w, t.chains[hook]); err != nil || v != accept {
+			return v, err
+		}
+		w.rerouted()
 	}
-	c := t.chains[hook]
-	if c == nil {
-		return accept, nil
-	}
-	w.hook = hook
+	return accept, nil
+}
+
+func (t *table) enter(w *walk, c *chain) (verdictKind, error) {
 	v, err := w.chain(t, c)
-	if err != nil {
-		return v, err
-	}
-	if v == next {
-		v = c.policy
-		if v != accept {
-			w.step(t, c, "policy")
+	if err == nil && v == next {
+		if v = c.policy; v != accept {
+			w.step(t.name, c.name, "policy")
 		}
 	}
-	return v, nil
+	return v, err
 }
 
 // maxDepth is more than the kernel's own limit of nested jumps allows; a loop
@@ -321,7 +369,7 @@ func (w *walk) chain(t *table, c *chain) (verdictKind, error) {
 		if r.act == nil && r.jump == "" {
 			continue // a rule that only counts
 		}
-		w.step(t, c, r.text)
+		w.step(t.name, c.name, r.text)
 		if r.jump != "" {
 			v, err := w.chain(t, t.chains[r.jump])
 			if err != nil || v != next || r.gotoChain {
@@ -353,6 +401,6 @@ func (w *walk) matches(r *rule) bool {
 	return true
 }
 
-func (w *walk) step(t *table, c *chain, text string) {
-	w.result.Path = append(w.result.Path, t.name+" "+c.name+": "+text)
+func (w *walk) step(table, chain, text string) {
+	w.result.Path = append(w.result.Path, table+" "+chain+": "+text)
 }

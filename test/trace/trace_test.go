@@ -207,7 +207,7 @@ func TestRecentRemembers(t *testing.T) {
 	} {
 		q := p
 		q.At, q.Src = tc.at, netip.MustParseAddrPort(tc.src)
-		outs, err := rs.Outcomes(host, q, first.Recent)
+		outs, err := rs.Outcomes(host, q, first.Memory)
 		if err != nil || len(outs) != tc.ways {
 			t.Errorf("after %v from %s: %v, %v", tc.at, tc.src, outs, err)
 		}
@@ -215,8 +215,8 @@ func TestRecentRemembers(t *testing.T) {
 			t.Errorf("after %v: %v", tc.at, outs[0])
 		}
 	}
-	if seen := first.Recent["KUBE-SEP-2"][p.Src.Addr()]; seen != 0 || len(first.Recent["KUBE-SEP-2"]) != 1 {
-		t.Errorf("a trace changed the lists it was given: %v", first.Recent)
+	if e := first.Memory["KUBE-SEP-2"][p.Src.Addr().String()]; e.Seen != 0 || len(first.Memory["KUBE-SEP-2"]) != 1 {
+		t.Errorf("a trace changed the lists it was given: %v", first.Memory)
 	}
 }
 
