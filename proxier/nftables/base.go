@@ -22,13 +22,14 @@ var (
 	hookPrerouting  = &hook{"nat", "prerouting", inPrerouting, -100, "dstnat"}
 	hookOutput      = &hook{"nat", "output", inOutput, -100, "-100"}
 	hookPostrouting = &hook{"nat", "postrouting", inPostrouting, 100, "srcnat"}
+	hookNATInput    = &hook{"nat", "input", inInput, 100, "100"}
 	hookForward     = &hook{"filter", "forward", inForward, 0, "filter"}
 	hookInput       = &hook{"filter", "input", inInput, 0, "filter"}
 
 	// Before translation, and after it.
 	hookCountIn       = &hook{"filter", "prerouting", inPrerouting, -150, "mangle"}
 	hookCountOwn      = &hook{"filter", "output", inOutput, -150, "mangle"}
-	hookCountOut      = &hook{"filter", "postrouting", inPostrouting, 150, "srcnat + 50"}
+	hookCountOut      = &hook{"filter", "postrouting", inPostrouting, 150, "150"}
 	hookCountReturned = &hook{"filter", "input", inInput, 150, "150"}
 )
 
@@ -51,7 +52,9 @@ func (c compiler) base(o *Options, facts *plan.Facts, complete bool) static {
 		{name: chainServices, rules: c.services(facts, complete)},
 		{name: chainPrerouting, hook: hookPrerouting, rules: []rule{newRule(jump(chainServices))}},
 		{name: chainOutput, hook: hookOutput, rules: []rule{newRule(jump(chainServices))}},
+		{name: chainRemember, rules: c.remember()},
 		{name: chainPostrouting, hook: hookPostrouting, rules: c.postrouting()},
+		{name: chainNATInput, hook: hookNATInput, rules: []rule{newRule(ctTranslated(), jump(chainRemember))}},
 		{name: chainForward, hook: hookForward, rules: c.forward(o)},
 	}}
 	if localhostNodePorts(facts) {
@@ -111,11 +114,22 @@ func (c compiler) services(facts *plan.Facts, complete bool) []rule {
 	return append(rules, newRule(isLocal("daddr"), here, vmap(setNodePorts, nodePort()...)))
 }
 
+// remember finds out whether a new connection's client is to be remembered, and for how
+// long, when it is known which endpoint it goes to. Node ports are asked for by number
+// alone: a ClusterIP with the same number is remembered as well, for nobody to ask.
+func (c compiler) remember() []rule {
+	return []rule{
+		newRule(vmap(setSticky, c.dialled()...)),
+		newRule(vmap(setPortSticky, l4proto(), dialledPort())),
+	}
+}
+
 // postrouting masquerades what was marked on its way in, and endpoints that reached
 // themselves.
 func (c compiler) postrouting() []rule {
 	self := append([]operand{c.saddr()}, c.frontend()...)
 	return []rule{
+		newRule(ctTranslated(), jump(chainRemember)),
 		newRule(unmark(c.bit), masquerade()),
 		newRule(ctTranslated(), in(setHairpin, self...), masquerade()),
 	}

@@ -76,10 +76,9 @@ func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, u uses) {
 	}
 	spec := specOf(p, f)
 	rs.elements = append(rs.elements, element{keyOf(p, f, set), value{then: spec.name()}})
-	for _, s := range spec.closure() {
-		if !slices.Contains(rs.chains, s) {
-			rs.chains = append(rs.chains, s)
-		}
+	rs.need(spec.closure()...)
+	if spec.sticky {
+		rs.sticky(p, f)
 	}
 	number := func(list []plan.Endpoint, local bool) {
 		for i, e := range list {
@@ -102,6 +101,25 @@ func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, u uses) {
 		k.source = r
 		rs.elements = append(rs.elements, element{key: k})
 	}
+}
+
+func (rs *ruleset) need(chains ...chainSpec) {
+	for _, s := range chains {
+		if !slices.Contains(rs.chains, s) {
+			rs.chains = append(rs.chains, s)
+		}
+	}
+}
+
+// sticky has clients of a frontend remembered.
+func (rs *ruleset) sticky(p *plan.Plan, f *plan.Frontend) {
+	set := setSticky
+	if f.Kind == plan.NodePort {
+		set = setPortSticky
+	}
+	spec := chainSpec{remember: p.Affinity}
+	rs.elements = append(rs.elements, element{keyOf(p, f, set), value{then: spec.name()}})
+	rs.need(spec)
 }
 
 // hairpins adds the endpoints that can meet themselves: those on this node.
@@ -142,8 +160,12 @@ func disjoint(list []netip.Prefix) []netip.Prefix {
 type chainSpec struct {
 	port               bool // reached by a node port: packets' addresses do not matter
 	sources            bool // only ranges of clients are let in
-	sticky             time.Duration
+	sticky             bool // a client that is remembered gets the endpoint that it had
 	pod, node, outside step
+
+	// remember, if not 0, makes it a chain of another kind: one that remembers clients
+	// for so long, when their packets are translated. The rest is zero then.
+	remember time.Duration
 }
 
 // step is a route, and how many endpoints it leads to at the most.
@@ -177,24 +199,18 @@ func tries(most int) int {
 }
 
 func specOf(p *plan.Plan, f *plan.Frontend) chainSpec {
-	most := func(n int) int {
-		if p.Affinity > 0 {
-			return n // what a rule writes down for a client must be there at once
-		}
-		return mostOf(n)
-	}
 	at := func(r plan.Route) step {
 		switch r.To {
 		case plan.Cluster:
-			return step{r, most(len(p.Cluster))}
+			return step{r, mostOf(len(p.Cluster))}
 		case plan.Local:
-			return step{r, most(len(p.Local))}
+			return step{r, mostOf(len(p.Local))}
 		}
 		return step{Route: plan.Route{To: r.To}}
 	}
 	s := chainSpec{port: f.Kind == plan.NodePort, pod: at(f.FromPod), node: at(f.FromNode), outside: at(f.FromOutside)}
 	if !f.Refused() {
-		s.sources, s.sticky = f.Sources != nil, p.Affinity
+		s.sources, s.sticky = f.Sources != nil, p.Affinity > 0
 	}
 	return s
 }
@@ -216,7 +232,7 @@ func (s chainSpec) othersMasqueraded() bool {
 
 // refusal is the verdict of a spec that serves nobody.
 func (s chainSpec) refusal() (chainName, bool) {
-	if !s.uniform() {
+	if !s.uniform() || s.remember > 0 {
 		return "", false
 	}
 	switch s.pod.To {
@@ -230,6 +246,9 @@ func (s chainSpec) refusal() (chainName, bool) {
 
 // name is what the chain is called; for refusals the verdict.
 func (s chainSpec) name() chainName {
+	if s.remember > 0 {
+		return chainName("remember-" + seconds(s.remember))
+	}
 	if v, ok := s.refusal(); ok {
 		return v
 	}
@@ -248,8 +267,8 @@ func (s chainSpec) name() chainName {
 	default:
 		name += "pods-" + s.pod.name() + "-node-" + s.node.name() + "-others-" + s.outside.name()
 	}
-	if s.sticky > 0 {
-		name += "-sticky-" + seconds(s.sticky)
+	if s.sticky {
+		name += "-sticky"
 	}
 	return chainName(name)
 }
@@ -273,6 +292,9 @@ func (st step) name() string {
 func (s chainSpec) closure() []chainSpec {
 	if _, ok := s.refusal(); ok {
 		return nil
+	}
+	if s.remember > 0 {
+		return []chainSpec{s}
 	}
 	var out []chainSpec
 	switch {
@@ -328,6 +350,8 @@ func (c compiler) chain(s chainSpec) chain {
 		frontend = nodePort()
 	}
 	switch {
+	case s.remember > 0:
+		ch.rules = []rule{c.update(s.remember)}
 	case s.sources:
 		inner := s
 		inner.sources = false
@@ -370,20 +394,17 @@ func (c compiler) fromPodsHere(not bool) stmt {
 	return stmt{} // facts and detector agree: nobody asks
 }
 
-// pick gives the rules that choose an endpoint: at random, or for a client that is
-// remembered the one that it had.
+// pick gives the rules that choose an endpoint: for a client that is remembered the one
+// that it had, else one at random.
 func (c compiler) pick(s chainSpec, frontend []operand) []rule {
 	endpoints := endpointsOf(s.port, s.pod.To == plan.Local)
 	any := func(n int) rule { return c.dnat(endpoints, append(slices.Clone(frontend), random(n))...) }
-	if s.sticky == 0 {
-		return append(slices.Repeat([]rule{any(s.pod.most)}, tries(s.pod.most)), any(1))
+	var rules []rule
+	if s.sticky {
+		rules = append(rules, c.dnat(setAffinity, append([]operand{c.saddr()}, c.frontend()...)...))
 	}
-	affinity := endpointSets[endpoints]
-	return []rule{
-		c.remember(affinity, s.sticky, endpoints, frontend, s.pod.most),
-		c.dnat(affinity, append([]operand{c.saddr()}, frontend...)...),
-		any(s.pod.most), // no room to remember another client
-	}
+	rules = append(rules, slices.Repeat([]rule{any(s.pod.most)}, tries(s.pod.most))...)
+	return append(rules, any(1))
 }
 
 // compare orders keys as people read them.

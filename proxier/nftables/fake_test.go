@@ -17,7 +17,7 @@ import (
 type fakeKernel struct {
 	table    *fakeTable
 	dirty    bool
-	affinity map[setID][]client
+	affinity []client
 
 	commits, reads int
 	most           int // room; 0: plenty
@@ -35,7 +35,7 @@ type fakeTable struct {
 
 var _ kernel = (*fakeKernel)(nil)
 
-func newFake() *fakeKernel { return &fakeKernel{affinity: map[setID][]client{}} }
+func newFake() *fakeKernel { return &fakeKernel{} }
 
 var errFake = errors.New("fake: no")
 
@@ -75,7 +75,7 @@ func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, 
 		}
 	}
 	for name, ch := range f.table.chains {
-		a.chains[name] = ch.digestOf(4)
+		a.chains[name] = ch.digestOf()
 	}
 	return a, nil
 }
@@ -239,18 +239,18 @@ func (f *fakeKernel) room() int {
 
 func (f *fakeKernel) size(m message) int { return 50 + 70*len(m.elements) }
 
-func (f *fakeKernel) clients(_ context.Context, set setID, got func(client)) error {
+func (f *fakeKernel) clients(_ context.Context, got func(client)) error {
 	if f.failing() {
 		return errFake
 	}
-	for _, c := range f.affinity[set] {
+	for _, c := range f.affinity {
 		got(c)
 	}
 	return nil
 }
 
-func (f *fakeKernel) forget(_ context.Context, set setID, list []client) error {
-	f.affinity[set] = slices.DeleteFunc(f.affinity[set], func(c client) bool { return slices.Contains(list, c) })
+func (f *fakeKernel) forget(_ context.Context, list []client) error {
+	f.affinity = slices.DeleteFunc(f.affinity, func(c client) bool { return slices.Contains(list, c) })
 	if f.failing() {
 		return errFake
 	}

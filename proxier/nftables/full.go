@@ -26,7 +26,7 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
 		f.report(x)
 	}
 	x.applied, x.written, x.census = want, true, f.census
-	return x.forgetClients(ctx, f.clients)
+	return x.forgetClients(ctx, f.clients, true)
 }
 
 // Prime programs the important Services of a Set, if there is no table of ours at
@@ -120,7 +120,7 @@ func (f *full) collect() {
 		}
 		f.ledger.hold(&rs)
 		if p.Affinity > 0 {
-			f.sticky(&rs)
+			f.clients.all(p)
 		}
 	}
 	for _, e := range f.base(true).elements {
@@ -132,15 +132,6 @@ func (f *full) collect() {
 }
 
 func (f *full) base(complete bool) static { return f.x.c.base(&f.x.o, f.want.Facts, complete) }
-
-func (f *full) sticky(rs *ruleset) {
-	for _, e := range rs.elements {
-		if _, ok := endpointSets[e.set]; ok {
-			f.clients[placeOf(e)] = nil
-		}
-	}
-	f.clients.allow(rs)
-}
 
 // lacks says whether an element is missing.
 func (f *full) lacks(e element) bool {
@@ -204,7 +195,7 @@ func (f *full) structure(ctx context.Context) error {
 	for i, ch := range f.base(false).chains {
 		// The complete one needs no replacement if it is there already; until then
 		// the other one serves.
-		if f.have.chains[ch.name] != complete[i].digestOf(f.x.o.Family) {
+		if f.have.chains[ch.name] != complete[i].digestOf() {
 			list = f.write(list, ch)
 		}
 	}
@@ -213,7 +204,7 @@ func (f *full) structure(ctx context.Context) error {
 
 // write appends a chain if it is not as it should be.
 func (f *full) write(list []message, ch chain) []message {
-	if h, there := f.have.chains[ch.name]; there && h == ch.digestOf(f.x.o.Family) {
+	if h, there := f.have.chains[ch.name]; there && h == ch.digestOf() {
 		return list
 	}
 	f.odd++
@@ -262,7 +253,7 @@ func (f *full) completion() []message {
 func digestIn(list []chain, name chainName, f *full) uint64 {
 	for _, ch := range list {
 		if ch.name == name {
-			return ch.digestOf(f.x.o.Family)
+			return ch.digestOf()
 		}
 	}
 	return 0

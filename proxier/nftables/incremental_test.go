@@ -203,7 +203,7 @@ func (t *fakeTable) brokenChain(frontend key, name chainName, been map[chainName
 		if !strings.Contains(string(name), "-sticky-") && n > 1 {
 			continue // it may have no endpoint, and is drawn again: the last rule finds one
 		}
-		for set := range endpointSets {
+		for set := setEndpoints; set.isEndpoints(); set++ {
 			if !strings.Contains(r.text, "map @"+set.String()) {
 				continue
 			}

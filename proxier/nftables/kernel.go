@@ -8,7 +8,6 @@ import (
 	"hash/fnv"
 	"sync/atomic"
 
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
@@ -119,7 +118,7 @@ func (k *nfKernel) requests(m message) ([]request, error) {
 			e.String(unix.NFTA_SET_NAME, m.name)
 		}}, nil
 	case writeChain:
-		return k.writeChain(m.chain)
+		return k.writeChain(m.chain), nil
 	case deleteChain:
 		return []request{func(e *nlbatch.Encoder) {
 			k.begin(e, unix.NFT_MSG_DELCHAIN, 0)
@@ -252,25 +251,21 @@ func (k *nfKernel) size(m message) int {
 }
 
 // writeChain makes a chain, or empties it if it is there, and fills it.
-func (k *nfKernel) writeChain(c chain) ([]request, error) {
+func (k *nfKernel) writeChain(c chain) []request {
 	list := []request{func(e *nlbatch.Encoder) { k.putChain(e, c) }, func(e *nlbatch.Encoder) { k.flushChain(e, string(c.name)) }}
 	for _, r := range c.rules {
-		exprs, err := r.marshal(k.nfproto())
-		if err != nil {
-			return nil, err
-		}
 		list = append(list, func(e *nlbatch.Encoder) {
 			k.begin(e, unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND)
 			e.String(unix.NFTA_RULE_CHAIN, string(c.name))
 			e.Nest(unix.NFTA_RULE_EXPRESSIONS, func() {
-				for _, x := range exprs {
+				for _, x := range r.exprs {
 					e.Bytes(unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED, x)
 				}
 			})
-			e.Bytes(unix.NFTA_RULE_USERDATA, signature(exprs))
+			e.Bytes(unix.NFTA_RULE_USERDATA, signature(r.exprs))
 		})
 	}
-	return list, nil
+	return list
 }
 
 func (k *nfKernel) flushChain(e *nlbatch.Encoder, name string) {
@@ -290,18 +285,6 @@ func (k *nfKernel) putChain(e *nlbatch.Encoder, c chain) {
 	})
 	e.U32BE(unix.NFTA_CHAIN_POLICY, policyAccept)
 	e.String(unix.NFTA_CHAIN_TYPE, c.hook.typ)
-}
-
-func (r rule) marshal(nfproto uint8) ([][]byte, error) {
-	var out [][]byte
-	for _, x := range r.exprs {
-		b, err := expr.Marshal(nfproto, x)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, b)
-	}
-	return out, nil
 }
 
 // signatureType is a kind of note to a rule that nft does not know and passes over.
@@ -334,17 +317,13 @@ func (d *digest) add(b []byte) {
 }
 
 // digestOf is the digest of a chain as it should be.
-func (c chain) digestOf(family model.Family) uint64 {
+func (c chain) digestOf() uint64 {
 	d := newDigest("", 0, 0, 0)
 	if c.hook != nil {
 		d = newDigest(c.hook.typ, c.hook.number, c.hook.priority, policyAccept)
 	}
 	for _, r := range c.rules {
-		exprs, err := r.marshal(words{family}.nfproto())
-		if err != nil {
-			continue // writing it fails as well, and says why
-		}
-		d.add(signature(exprs))
+		d.add(signature(r.exprs))
 	}
 	return d.h
 }

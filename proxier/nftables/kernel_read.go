@@ -246,15 +246,15 @@ func first(b []byte, typ uint16) []byte {
 }
 
 // clients implements kernel. What is missed is found the next time.
-func (k *nfKernel) clients(ctx context.Context, set setID, got func(client)) error {
-	err := k.listElements(ctx, set, func(c client, ok bool) error {
+func (k *nfKernel) clients(ctx context.Context, got func(client)) error {
+	err := k.listElements(ctx, setAffinity, func(c client, ok bool) error {
 		if ok {
 			got(c)
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("list %s: %w", set, err)
+		return fmt.Errorf("list %s: %w", setAffinity, err)
 	}
 	return nil
 }
@@ -292,22 +292,22 @@ const forgetMost = 500
 
 // forget implements kernel. Entries can time out any moment, and the kernel refuses
 // to delete what is not there.
-func (k *nfKernel) forget(ctx context.Context, set setID, list []client) error {
+func (k *nfKernel) forget(ctx context.Context, list []client) error {
 	for len(list) > 0 {
 		n := min(len(list), forgetMost)
-		if err := k.forgetSome(ctx, set, list[:n]); err != nil {
-			return fmt.Errorf("delete from %s: %w", set, err)
+		if err := k.forgetSome(ctx, list[:n]); err != nil {
+			return fmt.Errorf("delete from %s: %w", setAffinity, err)
 		}
 		list = list[n:]
 	}
 	return nil
 }
 
-func (k *nfKernel) forgetSome(ctx context.Context, set setID, list []client) error {
+func (k *nfKernel) forgetSome(ctx context.Context, list []client) error {
 	for len(list) > 0 {
 		err := k.conn.Transaction(ctx, unix.NFNL_SUBSYS_NFTABLES, len(list), func(i int, e *nlbatch.Encoder) {
 			k.begin(e, unix.NFT_MSG_DELSETELEM, 0)
-			e.String(unix.NFTA_SET_ELEM_LIST_SET, set.String())
+			e.String(unix.NFTA_SET_ELEM_LIST_SET, setAffinity.String())
 			e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func() {
 				e.Nest(unix.NFTA_LIST_ELEM, func() {
 					e.Nest(unix.NFTA_SET_ELEM_KEY, func() { e.Bytes(unix.NFTA_DATA_VALUE, list[i].append(nil)) })

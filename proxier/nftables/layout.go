@@ -188,13 +188,14 @@ const (
 	noteKeyOrder, noteValueOrder, noteKeyType, noteValueType = 0, 1, 3, 4
 	noteKind, noteBody                                       = 0, 1
 
-	kindPayload, kindMeta, kindConcat, kindNumgen = 7, 9, 13, 23
-	protoTransport, protoIP, protoIP6             = 11, 12, 13
-	ipSource, ipDestination                       = 11, 12
-	ip6Source, ip6Destination                     = 8, 9
-	transportSource, transportDestination         = 1, 2
-	metaL4Proto                                   = 16
-	numgenRandom                                  = 1
+	kindVerdict, kindPayload, kindMeta    = 1, 7, 9
+	kindConcat, kindNumgen                = 13, 23
+	protoTransport, protoIP, protoIP6     = 11, 12, 13
+	ipSource, ipDestination               = 11, 12
+	ip6Source, ip6Destination             = 8, 9
+	transportSource, transportDestination = 1, 2
+	metaL4Proto                           = 16
+	numgenRandom                          = 1
 )
 
 func note(typ byte, v []byte) []byte { return append([]byte{typ, byte(len(v))}, v...) }
@@ -230,6 +231,8 @@ func (f field) note(family model.Family) []byte {
 		return payloadNote(protoTransport, transportSource)
 	case fieldProtocol:
 		return join(note32(noteKind, kindMeta), note(noteBody, note32(0, metaL4Proto)))
+	case fieldVerdict:
+		return join(note32(noteKind, kindVerdict), note(noteBody, nil))
 	case fieldIndex:
 		return join(note32(noteKind, kindNumgen), note(noteBody, join(note32(0, numgenRandom), note32(1, 1<<16), note32(2, 0))))
 	}
@@ -258,7 +261,7 @@ func (s setSpec) notes(family model.Family) []byte {
 		out = join(out, note32(noteValueOrder, 0))
 	}
 	out = join(out, note(noteKeyType, typeNote(s.key, family)))
-	if s.value != nil && s.value[0] != fieldVerdict {
+	if s.value != nil {
 		out = join(out, note(noteValueType, typeNote(s.value, family)))
 	}
 	return out

@@ -14,8 +14,7 @@ const kubeProxyTable = "kube-proxy"
 type setID uint8
 
 // The sets and maps. A map of endpoints has, for each frontend, its endpoints
-// numbered from 0; the map of affinity beside it has the endpoint that a client was
-// given, written by the rules themselves.
+// numbered from 0.
 const (
 	setServices  setID = iota // frontend: what happens to a new connection
 	setNodePorts              // the same by port, for the node's own addresses
@@ -25,10 +24,9 @@ const (
 	setPortEndpoints  // of node ports
 	setPortLocalEndpoints
 
-	setAffinity
-	setLocalAffinity
-	setPortAffinity
-	setPortLocalAffinity
+	setSticky     // frontends with affinity: how long clients are remembered
+	setPortSticky // node ports with affinity
+	setAffinity   // the endpoint that a client had at what it dialled; rules write it
 
 	setSources           // who may use a load balancer address
 	setClusterIPs        // every ClusterIP
@@ -88,10 +86,9 @@ var setSpecs = [setCount]setSpec{
 	setPortEndpoints:      {name: "node-port-endpoints", key: fields(nodePortKey, fieldIndex), value: toEndpoint},
 	setPortLocalEndpoints: {name: "node-port-local-endpoints", key: fields(nodePortKey, fieldIndex), value: toEndpoint},
 
-	setAffinity:          {name: "affinity", key: fields([]field{fieldClient}, frontendKey...), value: toEndpoint, dynamic: true},
-	setLocalAffinity:     {name: "local-affinity", key: fields([]field{fieldClient}, frontendKey...), value: toEndpoint, dynamic: true},
-	setPortAffinity:      {name: "node-port-affinity", key: fields([]field{fieldClient}, nodePortKey...), value: toEndpoint, dynamic: true},
-	setPortLocalAffinity: {name: "node-port-local-affinity", key: fields([]field{fieldClient}, nodePortKey...), value: toEndpoint, dynamic: true},
+	setSticky:     {name: "sticky", key: frontendKey, value: []field{fieldVerdict}},
+	setPortSticky: {name: "node-port-sticky", key: nodePortKey, value: []field{fieldVerdict}},
+	setAffinity:   {name: "affinity", key: fields([]field{fieldClient}, frontendKey...), value: toEndpoint, dynamic: true},
 
 	setSources:           {name: "source-ranges", key: fields(frontendKey, fieldSource), ranges: true},
 	setClusterIPs:        {name: "cluster-ips", key: []field{fieldAddr}},
@@ -106,14 +103,8 @@ var setSpecs = [setCount]setSpec{
 
 func (s setID) String() string { return setSpecs[s].name }
 
-// endpointSets are the maps of endpoints, with the map of affinity that belongs to
-// each: an entry there is right as long as the endpoint stands here.
-var endpointSets = map[setID]setID{
-	setEndpoints:          setAffinity,
-	setLocalEndpoints:     setLocalAffinity,
-	setPortEndpoints:      setPortAffinity,
-	setPortLocalEndpoints: setPortLocalAffinity,
-}
+// isEndpoints says whether a map is one of endpoints.
+func (s setID) isEndpoints() bool { return setEndpoints <= s && s <= setPortLocalEndpoints }
 
 // endpointsOf gives the map of a kind of endpoints.
 func endpointsOf(port, local bool) setID {
@@ -128,7 +119,7 @@ func endpointsOf(port, local bool) setID {
 	return setEndpoints
 }
 
-// mostClients bounds each map of affinity: a flood of clients, or of forged
+// mostClients bounds the map of affinity: a flood of clients, or of forged
 // addresses, must not take all memory. Clients beyond it are served, but not
 // remembered.
 const mostClients = 1 << 18
@@ -138,6 +129,7 @@ const (
 	chainPrerouting  = "nat-prerouting"
 	chainOutput      = "nat-output"
 	chainPostrouting = "nat-postrouting"
+	chainNATInput    = "nat-input"
 	chainForward     = "filter-forward"
 	chainInput       = "filter-input"
 
@@ -151,6 +143,7 @@ const (
 	chainServices = "services"
 	chainReject   = "reject-all"
 	chainMartian  = "martian"
+	chainRemember = "remember"
 )
 
 // word is the family as nft writes it.

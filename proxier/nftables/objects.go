@@ -87,7 +87,7 @@ type chain struct {
 	rules []rule
 }
 
-// client is what the rules remember of a client: an element of a map of affinity.
+// client is what the rules remember of a client: an element of the map of affinity.
 type client struct {
 	element
 	from netip.Addr
@@ -180,10 +180,10 @@ type kernel interface {
 	// message takes.
 	room() int
 	size(m message) int
-	// clients lists what rules remember in a map of affinity; forget deletes such
-	// elements, those that are gone already included.
-	clients(ctx context.Context, set setID, got func(client)) error
-	forget(ctx context.Context, set setID, list []client) error
+	// clients lists what rules remember of clients; forget deletes such elements, those
+	// that are gone already included.
+	clients(ctx context.Context, got func(client)) error
+	forget(ctx context.Context, list []client) error
 	// counters lists the elements of a set that counts.
 	counters(ctx context.Context, set setID, got func(key, Count)) error
 	// disturbed says whether somebody else has changed our table since it was asked

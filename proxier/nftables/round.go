@@ -35,7 +35,7 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 	}
 	x.settleAside(want)
 	x.applied, x.written, x.census = want, true, next
-	return x.forgetClients(ctx, staleOf(groups))
+	return x.forgetClients(ctx, staleOf(groups), false)
 }
 
 // changes gives a group for every plan that changes, or is tried again.
@@ -364,95 +364,4 @@ func (x *Proxier) commit(ctx context.Context, list []message) error {
 		x.o.Refused(false)
 	}
 	return err
-}
-
-// place is a frontend, or node port, in a map of endpoints.
-type place = key
-
-// stale is which endpoints clients of a frontend may go on being sent to; it is for
-// frontends that have lost some.
-type stale map[place]map[value]bool
-
-// staleOf collects the frontends with affinity that have lost endpoints.
-func staleOf(groups []*group) stale {
-	s := stale{}
-	for _, g := range groups {
-		if g.old == nil || g.old.Affinity == 0 {
-			continue
-		}
-		left := map[element]bool{} // by place and value
-		for _, e := range g.is.elements {
-			left[element{placeOf(e), e.value}] = true
-		}
-		for _, e := range g.was.elements {
-			if _, ok := endpointSets[e.set]; ok && !left[element{placeOf(e), e.value}] {
-				s[placeOf(e)] = nil
-			}
-		}
-		s.allow(&g.is)
-	}
-	return s
-}
-
-func placeOf(e element) place {
-	k := e.key
-	k.index = 0
-	return k
-}
-
-// allow notes the endpoints that a ruleset has for places in s.
-func (s stale) allow(rs *ruleset) {
-	for _, e := range rs.elements {
-		at := placeOf(e)
-		if allowed, ok := s[at]; ok {
-			if allowed == nil {
-				allowed = map[value]bool{}
-				s[at] = allowed
-			}
-			allowed[e.value] = true
-		}
-	}
-}
-
-// forgetClients takes what the rules remember of clients whose endpoint is gone:
-// they get another one with their next connection.
-func (x *Proxier) forgetClients(ctx context.Context, s stale) error {
-	var sets []setID
-	for at := range s {
-		if !slices.Contains(sets, at.set) {
-			sets = append(sets, at.set)
-		}
-	}
-	for _, set := range sets {
-		err := x.forgetIn(ctx, set, func(c client) bool {
-			allowed, affected := s[placeAmong(set, c)]
-			return !affected || allowed[c.value]
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// placeAmong is the place in a map of endpoints that a client's entry belongs to.
-func placeAmong(set setID, c client) place {
-	k := c.key
-	k.set = set
-	return k
-}
-
-// forgetIn forgets the clients of a map of endpoints that are not kept.
-func (x *Proxier) forgetIn(ctx context.Context, set setID, keep func(client) bool) error {
-	affinity := endpointSets[set]
-	var gone []client
-	err := x.kernel.clients(ctx, affinity, func(c client) {
-		if !keep(c) {
-			gone = append(gone, c)
-		}
-	})
-	if err != nil || len(gone) == 0 {
-		return err
-	}
-	return x.kernel.forget(ctx, affinity, gone)
 }

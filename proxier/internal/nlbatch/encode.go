@@ -32,6 +32,10 @@ func (e *Encoder) pad() {
 	}
 }
 
+// Content is what has been appended, where that is no message but a part of one. It
+// is valid until more is.
+func (e *Encoder) Content() []byte { return e.buf }
+
 // Begin sets the type and the flags of the message; NLM_F_REQUEST is among them
 // always. It must be called before anything else.
 func (e *Encoder) Begin(typ, flags uint16) {
