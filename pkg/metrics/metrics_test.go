@@ -86,6 +86,12 @@ func TestEveryMetricKeepsItsNameTypeLabelsBucketsAndHelp(t *testing.T) {
 	if err := RegisterDraining(func() []Draining { return []Draining{{model.IPv4, 3}} }); err != nil {
 		t.Fatal(err)
 	}
+	web := model.PortKey{Namespace: "ns", Name: "web", Port: "http", Protocol: model.TCP}
+	if err := RegisterServiceTraffic(func() ServiceTraffic {
+		return ServiceTraffic{Ports: []PortTraffic{{model.IPv4, web, Count{1, 2}, Count{3, 4}}}, LeftOut: 5}
+	}); err != nil {
+		t.Fatal(err)
+	}
 	touchAll()
 	got := scrape(t, func(name string) bool {
 		return strings.HasPrefix(name, "kubeproxy_") && !strings.HasPrefix(name, "kubeproxy_iptables_") || strings.HasPrefix(name, "sluice_")
