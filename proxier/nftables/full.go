@@ -62,8 +62,9 @@ type full struct {
 	clients stale
 
 	partial bool // not all Services are among the wanted
-	rebuilt bool
-	// repaired is how many elements and chains were not as they should be.
+	// head makes the table anew, in one transaction with the first Services.
+	head []message
+	// missing and odd are how many elements and chains were not as they should be.
 	missing, odd int
 }
 
@@ -167,14 +168,15 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 }
 
 // structure writes the table itself, its sets, and chains. Where the maps are others
-// than this version's, all is made anew.
+// than this version's, all is made anew, together with as many Services as go into one
+// transaction.
 func (f *full) structure(ctx context.Context) error {
 	var list []message
-	f.rebuilt = len(f.have.extra) > 0
+	rebuild := len(f.have.extra) > 0
 	for _, right := range f.have.sets {
-		f.rebuilt = f.rebuilt || !right
+		rebuild = rebuild || !right
 	}
-	if f.rebuilt && f.have.table {
+	if rebuild {
 		list = append(list, message{what: deleteTable})
 		f.have = &actual{}
 		f.stale = map[key]element{}
@@ -199,6 +201,11 @@ func (f *full) structure(ctx context.Context) error {
 			list = f.write(list, ch)
 		}
 	}
+	slices.SortStableFunc(list, func(a, b message) int { return order(a) - order(b) })
+	if rebuild && f.x.sizeOf(list) < f.x.kernel.room()/2 {
+		f.head = list
+		return nil
+	}
 	return f.commitInOrder(ctx, list)
 }
 
@@ -211,11 +218,10 @@ func (f *full) write(list []message, ch chain) []message {
 	return append(list, message{what: writeChain, chain: ch})
 }
 
-// commitInOrder commits messages in as many transactions as they need. The base
-// chains are the last, so that nothing is entered before it is there; a chain that a
-// rule or verdict leads to stands before it.
+// commitInOrder commits messages in as many transactions as they need. They are sorted:
+// the base chains are the last, so that nothing is entered before it is there; a chain
+// that a rule or verdict leads to stands before it.
 func (f *full) commitInOrder(ctx context.Context, list []message) error {
-	slices.SortStableFunc(list, func(a, b message) int { return order(a) - order(b) })
 	for len(list) > 0 {
 		n, size := 0, 0
 		for n < len(list) && (n == 0 || size+f.x.kernel.size(list[n]) <= f.x.kernel.room()) {
@@ -261,7 +267,7 @@ func digestIn(list []chain, name chainName, f *full) uint64 {
 
 // groups yields what each plan lacks.
 func (f *full) groups(yield func(*group) bool) {
-	static := &group{}
+	static := &group{head: f.head}
 	f.fill(static, f.base(true).elements)
 	if !yield(static) {
 		return

@@ -257,6 +257,46 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
+// TestAnotherLayout: a table whose maps are others than ours is made anew, in one
+// transaction, and what is not ours stays.
+func TestAnotherLayout(t *testing.T) {
+	for what, cmds := range map[string][]string{
+		"another map":    {"add map ip sluice old { type ipv4_addr : verdict; }"},
+		"another type":   {"delete table ip sluice", "add table ip sluice", "add map ip sluice services { type ipv4_addr : verdict; }"},
+		"another's all":  {"delete table ip sluice", "add table ip sluice", "add chain ip sluice c { type nat hook prerouting priority 0; }", "add set ip sluice hairpin { type ipv4_addr; }"},
+		"an odd element": {"add element ip sluice services { 10.9.9.9 . tcp . 1 : accept }"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			k := kernelIn(t, model.IPv4)
+			o := Options{Family: k.family, MasqueradeBit: 14}
+			set := web(t, k.family, 30, nil)
+			if err := newProxier(o, k).Sync(t.Context(), set); err != nil {
+				t.Fatal(err)
+			}
+			want := kernelText(t, k, set, o)
+			nft(t, "add table ip theirs")
+			for _, cmd := range cmds {
+				nft(t, cmd)
+			}
+			again := &counting{nfKernel: k}
+			x, now := clocked(o, again)
+			if err := x.Sync(t.Context(), set); err != nil {
+				t.Fatal(err)
+			}
+			if again.commits > 2 {
+				t.Errorf("%d transactions, want one, and the chain that waits until all is there", again.commits)
+			}
+			sweep(t, x, now)
+			if d := cmp.Diff(want, kernelText(t, k, set, o)); d != "" {
+				t.Errorf("(-want +got):\n%s", d)
+			}
+			if !strings.Contains(nft(t, "list tables"), "theirs") {
+				t.Error("another table was touched")
+			}
+		})
+	}
+}
+
 // TestLargeService: what does not fit into one transaction goes in several.
 func TestLargeService(t *testing.T) {
 	k := kernelIn(t, model.IPv6)

@@ -1,6 +1,7 @@
 package nftables
 
 import (
+	"slices"
 	"time"
 
 	"github.com/sluice-proxy/sluice/pkg/plan"
@@ -58,6 +59,7 @@ type group struct {
 	old, new *plan.Plan // nil: none, or none that is in force
 	was, is  ruleset
 
+	head     []message // what comes before all else
 	del, put []element
 	// taken are elements of del that belong to another port so far, which gives them
 	// up in the same round.
@@ -90,7 +92,7 @@ func pack(what verb, list []element) []message {
 // messages are a group's. What goes comes first: a key can have another value only
 // when it is free.
 func (g *group) messages() []message {
-	return append(pack(deleteElements, g.del), pack(putElements, g.put)...)
+	return slices.Concat(g.head, pack(deleteElements, g.del), pack(putElements, g.put))
 }
 
 // stages cut a group that is too large for one transaction, so that each moment
