@@ -8,9 +8,10 @@ import (
 )
 
 const (
-	// checkShare bounds what it costs that somebody changes our table all the time:
-	// one part in checkShare of the time.
-	checkShare = 10
+	// checkShare and checkCredit bound what it costs that somebody changes our table all
+	// the time: one part in checkShare of the time, but for so much at once.
+	checkShare  = 10
+	checkCredit = 3 * time.Second
 	// sweepAfter is how long a chain that nobody needs is kept. Numbers of endpoints
 	// come and go; and before Linux 6.2 a chain counted as needed for a moment after
 	// the last verdict that led to it.
@@ -34,11 +35,24 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	if err := x.sweep(ctx); err != nil {
 		return false, err
 	}
-	early := x.now().Sub(x.verified) < checkShare*x.verifyCost
-	if !force && (early || !x.kernel.disturbed()) {
+	if !force && (!x.affords() || !x.kernel.disturbed()) {
 		return false, nil
 	}
-	return true, x.syncAll(ctx, x.applied)
+	start := x.now()
+	err := x.syncAll(ctx, x.applied)
+	if !force {
+		x.spent += x.now().Sub(start)
+	}
+	return true, err
+}
+
+// affords says whether the table may be compared again. What was spent on it is
+// forgotten in time.
+func (x *Proxier) affords() bool {
+	now := x.now()
+	x.spent = max(0, x.spent-now.Sub(x.reckoned)/checkShare)
+	x.reckoned = now
+	return x.spent < checkCredit
 }
 
 // anyDue says whether a plan that was set aside is due for another try.

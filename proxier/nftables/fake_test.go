@@ -25,7 +25,8 @@ type fakeKernel struct {
 	fail   func() bool         // a call fails, and nobody knows whether before or after
 	refuse func(element) error // the kernel refuses an element
 	mute   bool                // without saying which
-	seen   func(*fakeTable)    // told of every state that packets can meet
+	onRead func()
+	seen   func(*fakeTable) // told of every state that packets can meet
 }
 
 type fakeTable struct {
@@ -58,6 +59,9 @@ func (f *fakeKernel) there(context.Context) (bool, error) {
 
 func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, error) {
 	f.reads++
+	if f.onRead != nil {
+		f.onRead()
+	}
 	if f.failing() {
 		return nil, errFake
 	}

@@ -320,3 +320,35 @@ func TestEverythingRefused(t *testing.T) {
 		t.Fatalf("drift: %v", report.Drift)
 	}
 }
+
+// TestRepairsAreBounded: repairs follow each other at once, but not without an end, and
+// again after a rest.
+func TestRepairsAreBounded(t *testing.T) {
+	w := newWorld(rand.New(rand.NewPCG(7, 2)), model.IPv4, 10)
+	for range 30 {
+		w.Step()
+	}
+	k := newFake()
+	x, now := clocked(options(w), k)
+	insist(t, x, w.Set())
+	repairs := func() (n int) {
+		for range 20 {
+			k.dirty = true
+			before := k.reads
+			k.onRead = func() { *now = now.Add(time.Second) } // so long it takes
+			if _, err := x.Check(context.Background(), false); err != nil {
+				t.Fatal(err)
+			}
+			k.onRead = nil
+			n += k.reads - before
+		}
+		return n
+	}
+	if n := repairs(); n < 2 || n > 5 {
+		t.Errorf("%d repairs at once", n)
+	}
+	*now = now.Add(time.Minute)
+	if n := repairs(); n < 2 || n > 5 {
+		t.Errorf("%d repairs after a rest", n)
+	}
+}

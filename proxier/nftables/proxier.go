@@ -50,9 +50,10 @@ type Proxier struct {
 
 	alarm chan struct{} // capacity 1
 
-	written    bool // this process has written: what it finds changed is drift
-	verified   time.Time
-	verifyCost time.Duration
+	written bool // this process has written: what it finds changed is drift
+	// spent is what repairs have cost lately, as of reckoned.
+	spent    time.Duration
+	reckoned time.Time
 }
 
 // aside is a plan that the kernel refused.
