@@ -234,8 +234,9 @@ func (rs *Ruleset) Trace(h *Host, p Packet, memory Memory, chance func(float64) 
 
 // walk is one packet on its way.
 type walk struct {
-	host   *Host
-	packet Packet // with addresses and mark as they are now
+	host    *Host
+	packet  Packet         // with addresses and mark as they are now
+	dialled netip.AddrPort // where it was sent to
 	hook   string
 	kind   string // of the rules that are asked there: "nat", "filter"
 	out    string
@@ -252,10 +253,11 @@ type walk struct {
 
 	chance func(float64) bool // for iptables' rules
 	choose func(int) int      // for those of nftables
+	fault  error              // something of the packet that a rule asked for is not known
 }
 
 func newWalk(h *Host, p Packet, memory Memory) *walk {
-	return &walk{host: h, packet: p,
+	return &walk{host: h, packet: p, dialled: p.Dst,
 		result: Outcome{Probability: 1, Translated: p.Translated, Memory: memory.clone()}}
 }
 
