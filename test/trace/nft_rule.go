@@ -21,7 +21,7 @@ func (t *nftTable) statement(a *args) nftStatement {
 	case "fib":
 		return nftFib(a)
 	case "ct":
-		if len(a.words) > 1 && a.words[1] != "original" {
+		if len(a.words) < 2 || a.words[1] != "original" {
 			return nftConnection(a)
 		}
 	case "dnat":
@@ -86,12 +86,20 @@ func nftFib(a *args) nftStatement {
 	}
 }
 
-// nftConnection reads "ct state invalid", or other states, or "ct status dnat".
+// nftConnection reads "ct state invalid", or other states, or "ct status dnat", or "ct
+// direction original": that of every packet that is followed.
 func nftConnection(a *args) nftStatement {
 	a.expect("ct")
 	if a.take("status") {
 		a.expect("dnat")
 		return func(w *walk) (nftVerdict, error) { return nftIf(w.result.Translated), nil }
+	}
+	if a.take("direction") {
+		way := a.next()
+		if way != "original" && way != "reply" {
+			a.fail("unknown: ct direction %s", way)
+		}
+		return func(*walk) (nftVerdict, error) { return nftIf(way == "original"), nil }
 	}
 	a.expect("state")
 	known := map[string]State{"new": New, "established": Established, "related": Related, "invalid": Invalid}

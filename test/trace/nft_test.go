@@ -410,6 +410,7 @@ func TestNFTablesControlFlow(t *testing.T) {
 		{"prefixes", "ip saddr 198.51.100.0/24 ip daddr 10.244.1.1 " + mark + "1\nip saddr != 198.51.100.0/24 " + mark + "2\nip daddr != 10.244.1.2 " + mark + "4", "", "", 5, Forwarded},
 		{"interfaces", "iifname \"eth0\" " + mark + "1\niifname \"eth\" " + mark + "2\niifname \"et*\" " + mark + "4\niifname != \"eth0\" " + mark + "8", "", "", 5, Forwarded},
 		{"marks", mark + "0x7\nmeta mark set meta mark ^ 0x3\nmeta mark & 0x4 == 0x4 " + mark + "8\nmeta mark & 0x1 != 0x0 drop", "", "", 12, Forwarded},
+		{"directions", "ct direction original " + mark + "1\nct direction reply " + mark + "2", "", "", 1, Forwarded},
 		{"a set that is empty", "ip daddr @none drop\ncounter", "", "", 0, Forwarded},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -477,6 +478,7 @@ func TestNFTablesRefuseWhatTheyDoNotKnow(t *testing.T) {
 		"fib daddr . iif type local drop":                                "type",
 		"ct state fresh drop":                                            "fresh",
 		"ct status snat drop":                                            "dnat",
+		"ct direction both drop":                                         "both",
 		"ct mark 1 drop":                                                 "state",
 		"meta nfproto ipv4 drop":                                         "nfproto",
 		"meta mark set 0x1":                                              "0x1",

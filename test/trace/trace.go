@@ -31,7 +31,7 @@ const (
 	Invalid
 )
 
-// Packet is a packet of one connection, usually its first.
+// Packet is a packet of one connection, sent by its client; usually the first.
 type Packet struct {
 	In       string // interface it came in by; "" if the host itself sends it
 	Src, Dst netip.AddrPort
@@ -237,12 +237,12 @@ type walk struct {
 	host    *Host
 	packet  Packet         // with addresses and mark as they are now
 	dialled netip.AddrPort // where it was sent to
-	hook   string
-	kind   string // of the rules that are asked there: "nat", "filter"
-	out    string
-	result Outcome
-	depth  int
-	steps  int
+	hook    string
+	kind    string // of the rules that are asked there: "nat", "filter"
+	out     string
+	result  Outcome
+	depth   int
+	steps   int
 
 	// again says that a packet that the host sends to itself comes in: nat is done with
 	// it.
