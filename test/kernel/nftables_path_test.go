@@ -17,6 +17,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/test/netlab"
 	"github.com/sluice-proxy/sluice/test/scenarios"
+	"github.com/sluice-proxy/sluice/test/trace"
 )
 
 var update = flag.Bool("update", false, "write what kernels print into documents instead of comparing it")
@@ -133,7 +134,8 @@ func (w *watcher) of(t *testing.T, f *scenarios.Flow, ask func() error) []visit 
 	return nil
 }
 
-// pathsOf programs a scenario's node and says how flows go through its kernel.
+// pathsOf programs a scenario's node and says how flows go through its kernel; of clients
+// with affinity, when they are remembered.
 func pathsOf(t *testing.T, name string, f model.Family, wanted func(*scenarios.Flow) bool, got func(*scenarios.Scenario, *scenarios.Flow, string, []visit)) {
 	t.Helper()
 	s, err := scenarios.Load("../scenarios/" + name + ".txtar")
@@ -144,17 +146,27 @@ func pathsOf(t *testing.T, name string, f model.Family, wanted func(*scenarios.F
 	node := lab.Host(scenarios.NodeName)
 	prepareNFTables(t, s, node)
 	table, rendered := programNFTables(t, s, node, f, 0)
-	w := watch(t, node, strings.Fields(table)[0])
+	// The path is known when the packet has been sent, whatever comes back.
+	ask := func(flow *scenarios.Flow) error {
+		_, err := lab.Host(flow.From.Name).Ask(t.Context(), "tcp", flow.Source, flow.To, silence/5)
+		return err
+	}
+	var flows []*scenarios.Flow
 	for i := range s.Flows {
 		flow := &s.Flows[i]
 		if !flow.In("nftables") || flow.Family() != f || flow.Protocol != model.TCP || !wanted(flow) {
 			continue
 		}
-		got(s, flow, rendered, w.of(t, flow, func() error {
-			// The path is known when the packet has been sent, whatever comes back.
-			_, err := lab.Host(flow.From.Name).Ask(t.Context(), "tcp", flow.Source, flow.To, silence/5)
-			return err
-		}))
+		flows = append(flows, flow)
+		if flow.Sticky > 0 { // the first connection is seen by chance only, and goes another way
+			if err := ask(flow); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	w := watch(t, node, strings.Fields(table)[0])
+	for _, flow := range flows {
+		got(s, flow, rendered, w.of(t, flow, func() error { return ask(flow) }))
 	}
 }
 
@@ -162,7 +174,7 @@ func pathsOf(t *testing.T, name string, f model.Family, wanted func(*scenarios.F
 func TestNFTablesPaths(t *testing.T) {
 	needNFT(t)
 	for _, name := range []string{"cluster-ip", "external-local", "source-ranges", "both-local", "no-endpoints",
-		"node-ports-localhost", "node-ports-primary", "detect-bridge", "detect-interface", "masquerade-all", "service-cidr"} {
+		"node-ports-localhost", "node-ports-primary", "detect-bridge", "detect-interface", "masquerade-all", "service-cidr", "affinity"} {
 		for _, f := range []model.Family{model.IPv4, model.IPv6} {
 			t.Run(name+" "+f.String(), func(t *testing.T) {
 				t.Parallel()
@@ -185,6 +197,17 @@ func comparePath(t *testing.T, s *scenarios.Scenario, flow *scenarios.Flow, rend
 	if err != nil {
 		t.Fatal(err)
 	}
+	if flow.Sticky > 0 { // it is not the client's first connection: see pathsOf
+		var list []trace.Outcome
+		for _, first := range outs {
+			again, err := s.Again(flow, rules, first)
+			if err != nil {
+				t.Fatal(err)
+			}
+			list = append(list, again...)
+		}
+		outs = list
+	}
 	var have []string
 	for _, v := range path {
 		have = append(have, "sluice "+v.chain+": "+normal.Replace(v.rule))
@@ -193,12 +216,29 @@ func comparePath(t *testing.T, s *scenarios.Scenario, flow *scenarios.Flow, rend
 	for _, o := range outs {
 		var steps []string
 		for _, step := range o.Path { // without the elements that were found
-			rule, _, _ := strings.Cut(step, " { ")
-			steps = append(steps, rule)
+			if !strings.Contains(step, "update @") {
+				step, _, _ = strings.Cut(step, " { ")
+			}
+			steps = append(steps, step)
 		}
 		all = append(all, steps)
+	}
+	if s.Settings.BridgeInterface != "" {
+		// A packet that goes back to the bridge has another number in postrouting.
+		have = upToPostrouting(have)
+		for i := range all {
+			all[i] = upToPostrouting(all[i])
+		}
 	}
 	if !slices.ContainsFunc(all, func(o []string) bool { return slices.Equal(o, have) }) {
 		t.Errorf("%s: the kernel's way:\n  %s\nfollowed:\n  %s", flow.Text, strings.Join(have, "\n  "), strings.Join(all[0], "\n  "))
 	}
+}
+
+func upToPostrouting(steps []string) []string {
+	i := slices.IndexFunc(steps, func(s string) bool { return strings.HasPrefix(s, "sluice nat-postrouting: ") })
+	if i < 0 {
+		return steps
+	}
+	return steps[:i]
 }

@@ -102,6 +102,12 @@ func (s *Scenario) Outcomes(f *Flow, rules Rules) ([]trace.Outcome, error) {
 	return rules.Outcomes(s.machine(), s.packet(f), nil)
 }
 
+// Again returns every way that the flow's next connection can take, after one that went
+// such a way.
+func (s *Scenario) Again(f *Flow, rules Rules, first trace.Outcome) ([]trace.Outcome, error) {
+	return rules.Outcomes(s.machine(), s.packet(f), first.Memory)
+}
+
 // packet is the first one of a flow, as it reaches node1.
 func (s *Scenario) packet(f *Flow) trace.Packet {
 	p := trace.Packet{Src: netip.AddrPortFrom(f.Source, 40000), Dst: f.To, Protocol: f.Protocol.String()}

@@ -183,6 +183,9 @@ func (r *nftRule) run(w *walk) (nftVerdict, error) {
 		if v.found != "" {
 			found += " { " + v.found + " }"
 		}
+		if err == nil {
+			err = w.fault
+		}
 		if err != nil || v.miss || v.to != "" || v.kind != next {
 			v.found = found
 			return v, err
@@ -191,7 +194,7 @@ func (r *nftRule) run(w *walk) (nftVerdict, error) {
 	return nftVerdict{kind: next, found: found}, nil
 }
 
-// keyOf writes fields as an element's key.
+// keyOf writes fields as an element has them, in its key or its value.
 func keyOf(w *walk, fields []nftField) string {
 	var parts []string
 	for _, f := range fields {

@@ -351,7 +351,7 @@ func (t *nftTable) readChain(r *nftReader, c *nftChain) {
 
 // hooks are where chains of each type may stand.
 var nftHooks = map[string][]string{
-	"nat":    {"prerouting", "output", "postrouting"},
+	"nat":    {"prerouting", "input", "output", "postrouting"},
 	"filter": {"prerouting", "input", "forward", "output", "postrouting"},
 }
 

@@ -21,7 +21,9 @@ func (t *nftTable) statement(a *args) nftStatement {
 	case "fib":
 		return nftFib(a)
 	case "ct":
-		return nftConnection(a)
+		if len(a.words) < 2 || a.words[1] != "original" {
+			return nftConnection(a)
+		}
 	case "dnat":
 		return t.dnat(a)
 	case "update":
@@ -84,12 +86,20 @@ func nftFib(a *args) nftStatement {
 	}
 }
 
-// nftConnection reads "ct state invalid", or other states, or "ct status dnat".
+// nftConnection reads "ct state invalid", or other states, or "ct status dnat", or "ct
+// direction original": that of every packet that is followed.
 func nftConnection(a *args) nftStatement {
 	a.expect("ct")
 	if a.take("status") {
 		a.expect("dnat")
 		return func(w *walk) (nftVerdict, error) { return nftIf(w.result.Translated), nil }
+	}
+	if a.take("direction") {
+		way := a.next()
+		if way != "original" && way != "reply" {
+			a.fail("unknown: ct direction %s", way)
+		}
+		return func(*walk) (nftVerdict, error) { return nftIf(way == "original"), nil }
 	}
 	a.expect("state")
 	known := map[string]State{"new": New, "established": Established, "related": Related, "invalid": Invalid}
@@ -152,6 +162,8 @@ func (t *nftTable) field(a *args) nftField {
 	switch word := a.next(); word {
 	case "ip", "ip6":
 		return t.addrField(a, word)
+	case "ct":
+		return t.dialledField(a)
 	case "meta":
 		a.expect("l4proto")
 		return nftField{kind: "protocol", of: func(w *walk) string { return w.packet.Protocol }}
@@ -188,6 +200,27 @@ func (t *nftTable) addrField(a *args, family string) nftField {
 	}}
 }
 
+// dialledField reads "ct original ip daddr", the address that the connection's client
+// dialled, or "ct original proto-dst", the port.
+func (t *nftTable) dialledField(a *args) nftField {
+	a.expect("original")
+	if a.take("proto-dst") {
+		return nftField{kind: "port", of: func(w *walk) string { return strconv.Itoa(int(w.original().Port())) }}
+	}
+	a.expect(t.family)
+	a.expect("daddr")
+	return nftField{kind: "addr", of: func(w *walk) string { return w.original().Addr().String() }}
+}
+
+// original is where a new connection's first packet was sent to. Of others it is not
+// known.
+func (w *walk) original() netip.AddrPort {
+	if w.packet.State != New {
+		w.fault = errors.New("what the client of an old connection dialled is not known")
+	}
+	return w.dialled
+}
+
 // fields reads a concatenation.
 func (t *nftTable) fields(a *args) (list []nftField) {
 	for {
@@ -202,6 +235,13 @@ func (t *nftTable) fields(a *args) (list []nftField) {
 	}
 }
 
+func kindsOf(fields []nftField) (kinds []string) {
+	for _, f := range fields {
+		kinds = append(kinds, f.kind)
+	}
+	return kinds
+}
+
 // set gives the set or map "@name" that is asked by such fields. One that has not
 // been declared is empty, and of whatever type fits.
 func (t *nftTable) set(a *args, name string, fields []nftField, value ...string) *nftSet {
@@ -209,10 +249,7 @@ func (t *nftTable) set(a *args, name string, fields []nftField, value ...string)
 	if !ok {
 		a.fail("@ and the name of a set were expected")
 	}
-	var kinds []string
-	for _, f := range fields {
-		kinds = append(kinds, f.kind)
-	}
+	kinds := kindsOf(fields)
 	s := t.sets[name]
 	if s == nil {
 		s = &nftSet{name: name, key: kinds, value: value, elements: map[string]nftElement{}}
@@ -262,24 +299,18 @@ func (t *nftTable) vmap(a *args, fields []nftField) nftStatement {
 	}
 }
 
-// endpoint reads fields and the map that has an address and port for them.
-func (t *nftTable) endpoint(a *args) func(w *walk) (nftElement, bool) {
-	fields := t.fields(a)
-	a.expect("map")
-	s := t.set(a, a.next(), fields, "addr", "port")
-	return func(w *walk) (nftElement, bool) { return s.ask(w, fields) }
-}
-
 func (t *nftTable) dnat(a *args) nftStatement {
 	a.expect("dnat")
 	a.expect(t.family)
 	a.expect("to")
-	endpoint := t.endpoint(a)
+	fields := t.fields(a)
+	a.expect("map")
+	s := t.set(a, a.next(), fields, "addr", "port")
 	return func(w *walk) (nftVerdict, error) {
 		if w.kind != "nat" || w.hook != "PREROUTING" && w.hook != "OUTPUT" {
 			return nftMiss, errors.New("dnat outside of prerouting and output")
 		}
-		e, ok := endpoint(w)
+		e, ok := s.ask(w, fields)
 		if !ok {
 			return nftMiss, nil
 		}
@@ -292,21 +323,26 @@ func (t *nftTable) dnat(a *args) nftStatement {
 	}
 }
 
-// update reads "update @affinity { ip saddr . ... timeout 3h : ... map @endpoints }".
+// update reads "update @affinity { ip saddr . ... timeout 3h : ip daddr . th dport }".
 func (t *nftTable) update(a *args) nftStatement {
 	a.expect("update")
 	name := a.next()
 	a.expect("{")
-	fields := t.fields(a)
+	key := t.fields(a)
 	a.expect("timeout")
 	keep := nftDuration(a)
 	a.expect(":")
-	endpoint := t.endpoint(a)
+	value := t.fields(a)
 	a.expect("}")
-	s := t.set(a, name, fields, "addr", "port")
+	s := t.set(a, name, key, kindsOf(value)...)
+	if slices.ContainsFunc(append(key, value...), func(f nftField) bool { return f.kind == "number" }) {
+		a.fail("a random number cannot be noted")
+	}
 	return func(w *walk) (nftVerdict, error) {
-		e, ok := endpoint(w)
-		return nftIf(ok && s.note(w, keyOf(w, fields), e.value, keep)), nil
+		if w.kind != "nat" || w.hook != "POSTROUTING" && w.hook != "INPUT" {
+			return nftMiss, errors.New("update outside of nat's postrouting and input: the endpoint need not be known")
+		}
+		return nftIf(s.note(w, keyOf(w, key), keyOf(w, value), keep)), nil
 	}
 }
 

@@ -40,6 +40,11 @@ table ip test {
 		elements = { tcp . 30080 . 0 : 10.244.2.2 . 8080 }
 	}
 
+	map sticky {
+		typeof ip daddr . meta l4proto . th dport : verdict
+		elements = { 10.96.0.2 . tcp . 80 : goto remember-3h, 192.168.100.1 . tcp . 30082 : goto remember-3h }
+	}
+
 	map affinity {
 		typeof ip saddr . ip daddr . meta l4proto . th dport : ip daddr . th dport
 		size 2
@@ -72,9 +77,16 @@ table ip test {
 	}
 
 	chain sticky {
-		update @affinity { ip saddr . ip daddr . meta l4proto . th dport timeout 3h : ip daddr . meta l4proto . th dport . numgen random mod 2 map @endpoints }
 		dnat ip to ip saddr . ip daddr . meta l4proto . th dport map @affinity
 		dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 2 map @endpoints
+	}
+
+	chain remember {
+		ct original ip daddr . meta l4proto . ct original proto-dst vmap @sticky
+	}
+
+	chain remember-3h {
+		update @affinity { ip saddr . ct original ip daddr . meta l4proto . ct original proto-dst timeout 3h : ip daddr . th dport }
 	}
 
 	chain sources {
@@ -114,8 +126,14 @@ table ip test {
 
 	chain nat-postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
+		ct status dnat jump remember
 		meta mark & 0x00004000 != 0x00000000 meta mark set meta mark ^ 0x00004000 masquerade fully-random
 		ct status dnat ip saddr . ip daddr . meta l4proto . th dport @hairpin masquerade fully-random
+	}
+
+	chain nat-input {
+		type nat hook input priority 100; policy accept;
+		ct status dnat jump remember
 	}
 
 	chain filter-forward {
@@ -250,6 +268,88 @@ func TestNFTablesAffinity(t *testing.T) {
 	}
 }
 
+// TestNFTablesRemembersWhatWasDialled: wherever a new connection's way ends, a client is
+// noted as it came, for what it dialled, with the endpoint that it goes to. An entry
+// that is there keeps its value, whatever endpoint the packet has.
+func TestNFTablesRemembersWhatWasDialled(t *testing.T) {
+	rs := mustParseNFT(t, `table ip t {
+	map affinity {
+		typeof ip saddr . ip daddr . meta l4proto . th dport : ip daddr . th dport
+		size 10
+		flags dynamic,timeout
+	}
+	map endpoints {
+		typeof ip daddr . meta l4proto . th dport : ip daddr . th dport
+		elements = { 10.96.0.1 . tcp . 80 : 192.168.100.1 . 8080, 10.96.0.2 . tcp . 80 : 10.244.2.2 . 8080 }
+	}
+	chain dnat {
+		dnat ip to ip daddr . meta l4proto . th dport map @endpoints
+	}
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		jump dnat
+	}
+	chain output {
+		type nat hook output priority -100; policy accept;
+		jump dnat
+	}
+	chain note {
+		update @affinity { ip saddr . ct original ip daddr . meta l4proto . ct original proto-dst timeout 1h30m : ip daddr . th dport }
+		masquerade fully-random
+	}
+	chain input {
+		type nat hook input priority 100; policy accept;
+		ct status dnat update @affinity { ip saddr . ct original ip daddr . meta l4proto . ct original proto-dst timeout 1h30m : ip daddr . th dport }
+	}
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		ct status dnat jump note
+	}
+}
+`)
+	was := Memory{"affinity": {"10.244.1.2 . 10.96.0.2 . tcp . 80": {Keep: time.Hour, Value: "10.244.2.3 . 8080"}}}
+	for _, tc := range []struct {
+		in, src, dst string
+		noted        string // "" if nothing is
+		memory       Memory
+		value        string
+	}{
+		{"eth0", "198.51.100.7:999", "10.96.0.1:80", "198.51.100.7 . 10.96.0.1 . tcp . 80", nil, "192.168.100.1 . 8080"},
+		{"eth0", "198.51.100.7:999", "10.96.0.2:80", "198.51.100.7 . 10.96.0.2 . tcp . 80", nil, "10.244.2.2 . 8080"},
+		{"", "192.168.100.1:999", "10.96.0.1:80", "192.168.100.1 . 10.96.0.1 . tcp . 80", nil, "192.168.100.1 . 8080"},
+		{"", "192.168.100.1:999", "10.96.0.2:80", "192.168.100.1 . 10.96.0.2 . tcp . 80", nil, "10.244.2.2 . 8080"},
+		{"veth2", "10.244.1.2:999", "10.96.0.2:80", "10.244.1.2 . 10.96.0.2 . tcp . 80", was, "10.244.2.3 . 8080"},
+		{"eth0", "198.51.100.7:999", "192.168.100.1:80", "", nil, ""},
+		{"eth0", "198.51.100.7:999", "10.244.2.2:80", "", nil, ""},
+	} {
+		p := packet(tc.in, tc.src, tc.dst)
+		p.At = time.Minute
+		outs, err := rs.Outcomes(host, p, tc.memory)
+		if err != nil || len(outs) != 1 {
+			t.Fatal(outs, err)
+		}
+		list := outs[0].Memory["affinity"]
+		want := Entry{Seen: time.Minute, Keep: 90 * time.Minute, Value: tc.value}
+		if tc.noted == "" && len(list) > 0 || tc.noted != "" && (len(list) != 1 || list[tc.noted] != want) {
+			t.Errorf("%s to %s: noted %v, want %s: %v", tc.src, tc.dst, list, tc.noted, want)
+		}
+	}
+}
+
+// TestNFTablesDialledIsKnownOfNewConnectionsOnly: of other packets the answer could be
+// wrong.
+func TestNFTablesDialledIsKnownOfNewConnectionsOnly(t *testing.T) {
+	rs := mustParseNFT(t, "table ip t {\nchain f {\ntype filter hook forward priority filter; policy accept;\nct original ip daddr 10.0.0.0/8 drop\n}\n}\n")
+	p := packet("eth0", "198.51.100.7:999", "10.244.2.2:80")
+	if outs, err := rs.Outcomes(host, p, nil); err != nil || len(outs) != 1 || outs[0].Verdict != Dropped {
+		t.Errorf("new: %v, %v", outs, err)
+	}
+	p.State = Established
+	if outs, err := rs.Outcomes(host, p, nil); err == nil {
+		t.Errorf("established: %v", outs)
+	}
+}
+
 // TestNFTablesDraws: rules that draw a number that no endpoint has go on, and numbers
 // without an endpoint are one way and not many.
 func TestNFTablesDraws(t *testing.T) {
@@ -310,6 +410,7 @@ func TestNFTablesControlFlow(t *testing.T) {
 		{"prefixes", "ip saddr 198.51.100.0/24 ip daddr 10.244.1.1 " + mark + "1\nip saddr != 198.51.100.0/24 " + mark + "2\nip daddr != 10.244.1.2 " + mark + "4", "", "", 5, Forwarded},
 		{"interfaces", "iifname \"eth0\" " + mark + "1\niifname \"eth\" " + mark + "2\niifname \"et*\" " + mark + "4\niifname != \"eth0\" " + mark + "8", "", "", 5, Forwarded},
 		{"marks", mark + "0x7\nmeta mark set meta mark ^ 0x3\nmeta mark & 0x4 == 0x4 " + mark + "8\nmeta mark & 0x1 != 0x0 drop", "", "", 12, Forwarded},
+		{"directions", "ct direction original " + mark + "1\nct direction reply " + mark + "2", "", "", 1, Forwarded},
 		{"a set that is empty", "ip daddr @none drop\ncounter", "", "", 0, Forwarded},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -354,6 +455,7 @@ func TestNFTablesPath(t *testing.T) {
 		"test services: ip daddr . meta l4proto . th dport vmap @services { 203.0.113.5 . tcp . 80 : goto sources }",
 		"test sources: ip daddr . meta l4proto . th dport . ip saddr @ranges goto to-1 { 203.0.113.5 . tcp . 80 . 198.51.100.0/24 }",
 		"test to-1: dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 1 map @endpoints { 203.0.113.5 . tcp . 80 . 0 : 10.244.2.2 . 8080 }",
+		"test nat-postrouting: ct status dnat jump remember",
 	}
 	if got := strings.Join(outs[0].Path, "\n"); got != strings.Join(want, "\n") {
 		t.Errorf("path:\n%s", got)
@@ -365,38 +467,51 @@ func TestNFTablesRefuseWhatTheyDoNotKnow(t *testing.T) {
 	for rule, want := range map[string]string{
 		"accept":                   "accept",
 		"ip daddr 10.0.0.1 accept": "accept",
-		"ip daddr 10.0.0.1 log prefix \"x\" drop":             "log",
-		"ip6 daddr fd00::1 drop":                              "ip6",
-		"ip protocol tcp drop":                                "protocol",
-		"tcp dport 80 drop":                                   "tcp",
-		"th dport 80 drop":                                    "80",
-		"oifname \"eth0\" drop":                               "oifname",
-		"iifname eth0 drop":                                   "quotes",
-		"fib daddr type broadcast drop":                       "local",
-		"fib daddr . iif type local drop":                     "type",
-		"ct state fresh drop":                                 "fresh",
-		"ct status snat drop":                                 "dnat",
-		"ct mark 1 drop":                                      "state",
-		"meta nfproto ipv4 drop":                              "nfproto",
-		"meta mark set 0x1":                                   "0x1",
-		"meta mark & 0x1 > 0x0 drop":                          ">",
-		"numgen inc mod 2 vmap @v":                            "inc",
-		"reject with icmp type host-unreachable":              "with",
-		"masquerade":                                          "middle",
-		"masquerade random":                                   "fully-random",
-		"dnat to 10.0.0.1:80":                                 "ip",
-		"dnat ip to 10.0.0.1:80":                              "10.0.0.1:80",
-		"dnat ip to ip daddr map @s":                          "s is by",
-		"ip daddr @s drop":                                    "s is by",
-		"ip daddr . meta l4proto . th dport vmap @s":          "s is by",
-		"ip daddr . meta l4proto . th dport @s goto nowhere":  "nowhere",
-		"update @s { ip saddr timeout 1x : ip daddr map @m }": "1x",
-		"update @s { ip saddr : ip daddr map @m }":            "timeout",
-		"ip daddr 10.0.0.300 drop":                            "10.0.0.300",
-		"counter name \"x\" drop":                             "name",
-		"drop drop2":                                          "drop2",
-		"ip daddr . th dport 10.0.0.1 . 80 drop":              "unknown match",
-		"ip daddr @nowhere drop\nip daddr . meta l4proto @nowhere accept": "nowhere is by",
+		"ip daddr 10.0.0.1 log prefix \"x\" drop":                        "log",
+		"ip6 daddr fd00::1 drop":                                         "ip6",
+		"ip protocol tcp drop":                                           "protocol",
+		"tcp dport 80 drop":                                              "tcp",
+		"th dport 80 drop":                                               "80",
+		"oifname \"eth0\" drop":                                          "oifname",
+		"iifname eth0 drop":                                              "quotes",
+		"fib daddr type broadcast drop":                                  "local",
+		"fib daddr . iif type local drop":                                "type",
+		"ct state fresh drop":                                            "fresh",
+		"ct status snat drop":                                            "dnat",
+		"ct direction both drop":                                         "both",
+		"ct mark 1 drop":                                                 "state",
+		"meta nfproto ipv4 drop":                                         "nfproto",
+		"meta mark set 0x1":                                              "0x1",
+		"meta mark & 0x1 > 0x0 drop":                                     ">",
+		"numgen inc mod 2 vmap @v":                                       "inc",
+		"reject with icmp type host-unreachable":                         "with",
+		"masquerade":                                                     "middle",
+		"masquerade random":                                              "fully-random",
+		"dnat to 10.0.0.1:80":                                            "ip",
+		"dnat ip to 10.0.0.1:80":                                         "10.0.0.1:80",
+		"dnat ip to ip daddr map @s":                                     "s is by",
+		"ip daddr @s drop":                                               "s is by",
+		"ip daddr . meta l4proto . th dport vmap @s":                     "s is by",
+		"ip daddr . meta l4proto . th dport @s goto nowhere":             "nowhere",
+		"update @s { ip saddr timeout 1x : ip daddr . th dport }":        "1x",
+		"update @s { ip saddr : ip daddr . th dport }":                   "timeout",
+		"update @s { ip saddr timeout 1h }":                              ":",
+		"update @s { ip saddr timeout 1h : ip daddr . th dport map @m }": "map",
+		"update @s { ip saddr . ip daddr timeout 1h : ip daddr . th dport }": "s is by",
+		"update @m { ip saddr timeout 1h : numgen random mod 2 }":            "number",
+		"update @m { numgen random mod 2 timeout 1h : ip daddr . th dport }": "number",
+		"add @m { ip saddr timeout 1h : ip daddr . th dport }":               "add",
+		"ct original ip6 daddr fd00::1 drop":                                 "ip6",
+		"ct original ip saddr 10.0.0.1 drop":                                 "saddr",
+		"ct original proto-src . ip daddr @n drop":                           "proto-src",
+		"ct original proto-dst 80 drop":                                      "80",
+		"ct reply ip daddr 10.0.0.1 drop":                                    "reply",
+		"ip daddr . ct reply proto-dst @n drop":                              "reply",
+		"ip daddr 10.0.0.300 drop":                                           "10.0.0.300",
+		"counter name \"x\" drop":                                            "name",
+		"drop drop2":                                                         "drop2",
+		"ip daddr . th dport 10.0.0.1 . 80 drop":                             "unknown match",
+		"ip daddr @nowhere drop\nip daddr . meta l4proto @nowhere accept":    "nowhere is by",
 	} {
 		if _, err := ParseNFTables(set + rule + "\n}\n}\n"); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: error %v, want one that names %s", rule, err, want)
@@ -434,6 +549,7 @@ func TestNFTablesLoopsAndMisplacedStatements(t *testing.T) {
 		"jump a\n}\nchain a {\njump b\n}\nchain b {\njump a\n}\n}\n",
 		"masquerade fully-random\n}\n}\n",
 		"}\nchain f {\ntype filter hook output priority filter; policy accept;\ndnat ip to ip daddr map @m\n}\n}\n",
+		"update @m { ip saddr timeout 1h : ip daddr . th dport }\n}\n}\n",
 	} {
 		if outs, err := mustParseNFT(t, head+rest).Outcomes(host, packet("", "192.168.100.1:1", "1.2.3.4:5"), nil); err == nil {
 			t.Errorf("%s: %v", rest, outs)

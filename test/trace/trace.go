@@ -31,7 +31,7 @@ const (
 	Invalid
 )
 
-// Packet is a packet of one connection, usually its first.
+// Packet is a packet of one connection, sent by its client; usually the first.
 type Packet struct {
 	In       string // interface it came in by; "" if the host itself sends it
 	Src, Dst netip.AddrPort
@@ -234,14 +234,15 @@ func (rs *Ruleset) Trace(h *Host, p Packet, memory Memory, chance func(float64) 
 
 // walk is one packet on its way.
 type walk struct {
-	host   *Host
-	packet Packet // with addresses and mark as they are now
-	hook   string
-	kind   string // of the rules that are asked there: "nat", "filter"
-	out    string
-	result Outcome
-	depth  int
-	steps  int
+	host    *Host
+	packet  Packet         // with addresses and mark as they are now
+	dialled netip.AddrPort // where it was sent to
+	hook    string
+	kind    string // of the rules that are asked there: "nat", "filter"
+	out     string
+	result  Outcome
+	depth   int
+	steps   int
 
 	// again says that a packet that the host sends to itself comes in: nat is done with
 	// it.
@@ -252,10 +253,11 @@ type walk struct {
 
 	chance func(float64) bool // for iptables' rules
 	choose func(int) int      // for those of nftables
+	fault  error              // something of the packet that a rule asked for is not known
 }
 
 func newWalk(h *Host, p Packet, memory Memory) *walk {
-	return &walk{host: h, packet: p,
+	return &walk{host: h, packet: p, dialled: p.Dst,
 		result: Outcome{Probability: 1, Translated: p.Translated, Memory: memory.clone()}}
 }
 
