@@ -129,8 +129,29 @@ func TestNFTables(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	a := c.startAgentIn(t, "node1", "nftables")
-	node, pod := a.ns(), c.lab.Host("pod2")
+	node, pod, outer := c.lab.Host("node1"), c.lab.Host("pod2"), t
+	var a *agent
+	// The node is known a moment after the Services, and with it where node ports are.
+	if !t.Run("from iptables mode", func(t *testing.T) {
+		before := c.startAgent(t, "node1")
+		targets := []target{{c.nodePort("node1", svc), []string{"pod1", "pod3"}}, {clusterIP(svc), []string{"pod1", "pod3"}}}
+		for _, to := range targets {
+			answeredBy(t, node, to.addr, to.pods...)
+		}
+		client := connectAllTheTime(t, node, pod, targets)
+		client.more(t, 50)
+		before.stop(syscall.SIGTERM)
+		a = c.startAgentIn(outer, "node1", "nftables")
+		until(t, "what iptables mode has left is removed", func() error {
+			if !strings.Contains(a.output(), `"Removed what another mode had left" ipFamily="IPv4" removed="the iptables mode's chains`) {
+				return errors.New("the log does not say so")
+			}
+			return nil
+		})
+		client.more(t, 50)
+	}) {
+		t.FailNow()
+	}
 	for _, from := range []string{"pod2", "pod1", "node1"} { // pod1 also reaches itself
 		answeredBy(t, c.lab.Host(from), clusterIP(svc), "pod1", "pod3")
 	}
