@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier"
 	"github.com/sluice-proxy/sluice/proxier/nftables"
 	"github.com/sluice-proxy/sluice/test/netlab"
@@ -96,5 +97,132 @@ func TestTableGoes(t *testing.T) {
 	tables, err := node.Run(t.Context(), "nft", "list", "tables")
 	if err != nil || slices.Contains(strings.Split(tables, "\n"), "table ip sluice") {
 		t.Errorf("the table is still there: %v\n%s", err, tables)
+	}
+}
+
+// traffic is what a proxier has counted, by port.
+func traffic(t *testing.T, x *nftables.Proxier, set *plan.Set) (map[string]nftables.Traffic, int) {
+	t.Helper()
+	list, leftOut, err := x.Traffic(t.Context(), set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]nftables.Traffic{}
+	for _, c := range list {
+		out[c.Port.String()+"/"+c.Port.Protocol.String()] = c
+	}
+	return out, leftOut
+}
+
+const headers4 = 20 + 8 // of IPv4 and UDP, which are counted with the payload
+
+// exchanges asks over UDP, and returns what a counter must have seen of it.
+func exchanges(t *testing.T, lab *netlab.Lab, times int, to string, hosts ...string) (requests, replies nftables.Count) {
+	t.Helper()
+	for _, host := range hosts {
+		for range times {
+			a, err := lab.Host(host).Ask(t.Context(), "udp", netip.Addr{}, netip.MustParseAddrPort(to), patience)
+			if err != nil || a.Result != netlab.Answered {
+				t.Fatalf("%s from %s: %v, %v", to, host, a, err)
+			}
+			requests.Packets++
+			requests.Bytes += headers4 + uint64(len("?"))
+			replies.Packets++
+			replies.Bytes += headers4 + uint64(len(a.Server+" "+a.Seen.String()+"\n"))
+		}
+	}
+	return requests, replies
+}
+
+func sum(a, b nftables.Count) nftables.Count {
+	return nftables.Count{Packets: a.Packets + b.Packets, Bytes: a.Bytes + b.Bytes}
+}
+
+// TestTrafficOfNodePorts: each datagram is counted once, on whichever way it comes,
+// by the frontend or by the node port, and so is each answer.
+func TestTrafficOfNodePorts(t *testing.T) {
+	s := load(t, "node-ports")
+	lab, open := nftablesNode(t, s)
+	node, set := lab.Host(scenarios.NodeName), s.SetIn("nftables", model.IPv4)
+	allowLoopback(t, s, node)
+	x := open(nftables.Options{Traffic: 100})
+	program(t, node, x, set)
+
+	var requests, replies nftables.Count
+	for run := range 2 {
+		for _, q := range []struct {
+			to    string
+			hosts []string
+		}{
+			{"172.18.0.11:30100", []string{"client", "shell", "web-1", scenarios.NodeName}}, // one of them reaches itself
+			{"10.96.0.100:53", []string{"shell", scenarios.NodeName}},
+		} {
+			asked, answered := exchanges(t, lab, 12, q.to, q.hosts...)
+			requests, replies = sum(requests, asked), sum(replies, answered)
+			got, leftOut := traffic(t, x, set)
+			if u := got["ns/web:u/udp"]; u.Requests != requests || u.Replies != replies {
+				t.Errorf("run %d, %s: requests %v, replies %v; want %v and %v", run, q.to, u.Requests, u.Replies, requests, replies)
+			}
+			if tcp, ok := got["ns/web/tcp"]; !ok || tcp.Requests.Packets+tcp.Replies.Packets > 0 || leftOut != 0 {
+				t.Errorf("of TCP, which nobody has used: %+v, %v; left out: %d", tcp, ok, leftOut)
+			}
+		}
+	}
+}
+
+// TestTrafficLimit: ports beyond the limit are served, and not counted.
+func TestTrafficLimit(t *testing.T) {
+	s := load(t, "node-ports")
+	lab, open := nftablesNode(t, s)
+	set := s.SetIn("nftables", model.IPv4)
+	x := open(nftables.Options{Traffic: 1})
+	program(t, lab.Host(scenarios.NodeName), x, set)
+	exchanges(t, lab, 3, "172.18.0.11:30100", "client")
+	connections(t, lab, 3, "172.18.0.11:30100", "client")
+	got, leftOut := traffic(t, x, set)
+	if len(got) != 1 || got["ns/web/tcp"].Requests.Packets == 0 || leftOut != set.Len()-1 {
+		t.Errorf("counted: %+v, left out: %d", got, leftOut)
+	}
+}
+
+// connections makes so many TCP connections, and returns how many bytes of payload
+// came back.
+func connections(t *testing.T, lab *netlab.Lab, times int, to string, hosts ...string) (payload uint64) {
+	t.Helper()
+	for _, host := range hosts {
+		for range times {
+			a, err := lab.Host(host).Ask(t.Context(), "tcp", netip.Addr{}, netip.MustParseAddrPort(to), patience)
+			if err != nil || a.Result != netlab.Answered {
+				t.Fatalf("%s from %s: %v, %v", to, host, a, err)
+			}
+			payload += uint64(len(a.Server + " " + a.Seen.String() + "\n"))
+		}
+	}
+	return payload
+}
+
+// TestTrafficOfConnections: how many packets a connection takes is TCP's affair,
+// within bounds: it begins with three and is ended from both sides.
+func TestTrafficOfConnections(t *testing.T) {
+	s := load(t, "cluster-ip")
+	lab, open := nftablesNode(t, s)
+	set := s.SetIn("nftables", model.IPv4)
+	x := open(nftables.Options{Traffic: 100})
+	program(t, lab.Host(scenarios.NodeName), x, set)
+	const times, least, most, headers = 10, 3, 12, 20 + 20
+	hosts := []string{"shell", "client", "web-1", scenarios.NodeName}
+	var before nftables.Traffic
+	for range 2 {
+		payload := connections(t, lab, times, "10.96.0.10:80", hosts...)
+		all, _ := traffic(t, x, set)
+		got, n := all["ns/web/tcp"], uint64(times*len(hosts))
+		asked, answered := got.Requests.Packets-before.Requests.Packets, got.Replies.Packets-before.Replies.Packets
+		if len(all) != 1 || asked < least*n || asked > most*n || answered < 2*n || answered > most*n {
+			t.Errorf("%d connections: %d packets asked, %d answered; %+v", n, asked, answered, all)
+		}
+		if bytes := got.Replies.Bytes - before.Replies.Bytes; bytes < payload+answered*headers || bytes > payload+answered*(headers+40) {
+			t.Errorf("%d bytes in %d packets answered, of which payload %d", bytes, answered, payload)
+		}
+		before = got
 	}
 }
