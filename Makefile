@@ -32,7 +32,7 @@ e2e: ## only the tests against a real API server
 	@hack/tools.sh etcd kube-apiserver
 	@hack/test.sh -count=1 ./test/e2e/
 
-demo: build ## show the agent at work in namespaces of its own (MODE=iptables or ipvs)
+demo: build ## show the agent at work in namespaces of its own (MODE=iptables, ipvs or nftables)
 	@hack/install.sh
 	@hack/demo.sh $(MODE)
 

@@ -22,7 +22,7 @@ func (w *world) introduce(ctx context.Context, p *printer, took time.Duration) {
 		version, _, _ = strings.Cut(strings.TrimSpace(out), "\n")
 	}
 	by := ""
-	if out, err := w.lab.Host(node).Run(ctx, "iptables", "--version"); err == nil {
+	if out, err := w.lab.Host(node).Run(ctx, "iptables", "--version"); err == nil && w.o.mode != modeNFTables {
 		by = " by " + strings.TrimSpace(out)
 	}
 	p.line("%s, mode %s%s; %d ms after its start all Services of examples/ are served", p.paint(bold, version), w.o.mode, by, took.Milliseconds())
@@ -154,17 +154,20 @@ func (t tally) masqueradedBy(a netip.Addr) error {
 	return nil
 }
 
+// show asks a question, and prints a row of what came.
+func (w *world) show(ctx context.Context, t *table, q question, judge func(tally) error) error {
+	got, err := w.ask(ctx, q)
+	if err != nil {
+		return err
+	}
+	t.add(row{[]string{q.what, q.to.String(), q.from, fmt.Sprintf("%5d", q.times), got.who(), got.source()}, judge(got)})
+	return nil
+}
+
 func (w *world) whoAnswers(ctx context.Context, p *printer) error {
 	p.heading("Who answers")
 	t := p.table("SERVICE                       ", "DIALLED              ", "BY    ", "TIMES", "WHO ANSWERED                  ", "CLIENT'S ADDRESS")
-	show := func(q question, judge func(tally) error) error {
-		got, err := w.ask(ctx, q)
-		if err != nil {
-			return err
-		}
-		t.add(row{[]string{q.what, q.to.String(), q.from, fmt.Sprintf("%5d", q.times), got.who(), got.source()}, judge(got)})
-		return nil
-	}
+	show := func(q question, judge func(tally) error) error { return w.show(ctx, t, q, judge) }
 	at := netip.MustParseAddrPort
 	nodeAddr := w.lab.Addr(node, true)
 	err := errors.Join(
@@ -190,26 +193,28 @@ func (w *world) whoAnswers(ctx context.Context, p *printer) error {
 	if err != nil {
 		return err
 	}
-	if w.o.mode == modeIPVS {
-		if err := w.schedulers(ctx, t); err != nil {
-			return err
-		}
+	if err := w.mode.answers(w, ctx, t); err != nil {
+		return err
 	}
-	w.showRefusal(t)
+	for _, r := range append([]refusal{{"no endpoints", "10.96.7.50:80"}}, w.mode.refused...) {
+		w.showRefusal(t, r)
+	}
 	w.showHealthPort(ctx, t)
 	return ctx.Err()
 }
 
-// showRefusal dials a Service without endpoints. The time is taken inside the
-// namespace, around connect alone.
-func (w *world) showRefusal(t *table) {
+// refusal is an address where nobody can answer, which clients must learn at once.
+type refusal struct{ what, to string }
+
+// showRefusal dials in vain. The time is taken inside the namespace, around connect
+// alone.
+func (w *world) showRefusal(t *table, r refusal) {
 	const times = 20
-	to := "10.96.7.50:80"
 	var took []time.Duration
 	err := w.lab.Host(shell).Do(func() error {
 		for range times {
 			begin := time.Now()
-			conn, err := net.DialTimeout("tcp", to, patience)
+			conn, err := net.DialTimeout("tcp", r.to, patience)
 			took = append(took, time.Since(begin))
 			switch {
 			case err == nil:
@@ -230,7 +235,7 @@ func (w *world) showRefusal(t *table) {
 	if err != nil {
 		answer = "?"
 	}
-	t.add(row{[]string{"no endpoints", to, shell, fmt.Sprintf("%5d", len(took)), answer}, err})
+	t.add(row{[]string{r.what, r.to, shell, fmt.Sprintf("%5d", len(took)), answer}, err})
 }
 
 // showHealthPort asks as a load balancer does whether the node has endpoints.

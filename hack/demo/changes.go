@@ -18,12 +18,8 @@ import (
 func (w *world) whatChanges(ctx context.Context, p *printer) error {
 	p.heading("What changes, and how long until traffic follows")
 	t := p.table(wide, "       ", "")
-	steps := []func(context.Context, *table) error{w.moveEndpoint, w.flush, w.kill}
-	if w.o.mode == modeIPVS {
-		steps = []func(context.Context, *table) error{w.moveEndpoint, w.leave, w.cutDevice, w.kill}
-	}
-	for _, step := range steps {
-		if err := step(ctx, t); err != nil {
+	for _, change := range w.mode.changes {
+		if err := change(w, ctx, t); err != nil {
 			return err
 		}
 	}
@@ -34,7 +30,14 @@ func (w *world) whatChanges(ctx context.Context, p *printer) error {
 const wide = "                                             "
 
 func (t *table) change(what string, took time.Duration, remark string, err error) {
-	t.add(row{[]string{what, fmt.Sprintf("%4d ms", took.Milliseconds()), remark}, err})
+	t.add(row{[]string{what, brief(took), remark}, err})
+}
+
+func brief(d time.Duration) string {
+	if d < time.Millisecond {
+		return fmt.Sprintf("%4d µs", d.Microseconds())
+	}
+	return fmt.Sprintf("%4d ms", d.Milliseconds())
 }
 
 // moveEndpoint edits a manifest and watches from which connection, and which
@@ -103,6 +106,10 @@ func (w *world) flush(ctx context.Context, t *table) error {
 func (w *world) kill(ctx context.Context, t *table) error {
 	d := w.dialAllTheTime(ctx, netip.MustParseAddrPort("10.96.7.10:80"))
 	defer d.stop()
+	written, err := w.mode.written(w, ctx)
+	if err != nil {
+		return err
+	}
 	w.agent.stop(syscall.SIGKILL)
 	at, was := time.Now(), d.total()
 	for d.total() < was+1000 && ctx.Err() == nil {
@@ -115,16 +122,9 @@ func (w *world) kill(ctx context.Context, t *table) error {
 	d.stop()
 	t.add(row{[]string{"kill -9 of the agent", "", fmt.Sprintf("%d connections in %d ms without it, %d failed", n, without.Milliseconds(), d.failed())}, d.clean(servers...)})
 	took := time.Since(at) - without
-	m, err := w.metrics(ctx)
-	if err != nil {
-		return err
-	}
-	written := m.sum("sluice_restore_bytes_total")
-	if written != 0 {
-		err = fmt.Errorf("%v bytes of rules were written where nothing had changed", written)
-	}
+	much, err := written(w, ctx)
 	t.change("the agent starts again", took,
-		fmt.Sprintf("%d connections, %d failed; it finds its rules: %.0f bytes rewritten", d.total()-n, d.failed(), written), errors.Join(err, d.clean(servers...)))
+		fmt.Sprintf("%d connections, %d failed; %s", d.total()-n, d.failed(), much), errors.Join(err, d.clean(servers...)))
 	return nil
 }
 
@@ -144,8 +144,13 @@ type answer struct {
 }
 
 func (w *world) dialAllTheTime(ctx context.Context, to netip.AddrPort) *answers {
+	return w.dialPatiently(ctx, to, patience)
+}
+
+// dialPatiently gives each connection so much time.
+func (w *world) dialPatiently(ctx context.Context, to netip.AddrPort, each time.Duration) *answers {
 	return ask(func() (string, error) {
-		a, err := w.lab.Host(shell).Ask(ctx, "tcp", netip.Addr{}, to, patience)
+		a, err := w.lab.Host(shell).Ask(ctx, "tcp", netip.Addr{}, to, each)
 		if err == nil && a.Result != netlab.Answered {
 			err = errors.New(a.String())
 		}

@@ -52,27 +52,63 @@ func TestDemo(t *testing.T) {
 	if status != allWell {
 		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
 	}
-	for _, want := range []string{
+	wantLines(t, out.String(),
 		`(?m)^  ok  ClusterIP .* web-1 \d+  web-2 \d+  web-3 \d+ +kept$`,
 		`(?m)^  ok  NodePort.* masqueraded: 172\.18\.0\.11$`,
 		`(?m)^  ok  externalTrafficPolicy: Local .* web-1 \d+  web-2 \d+ +kept$`,
+		`(?m)^  ok  NodePort, on the node itself +127\.0\.0\.1:30080`,
 		`(?m)^  ok  sessionAffinity`, `(?m)^  ok  no endpoints .* refused after \d+ µs$`,
 		`(?m)^  ok  an endpoint moves.* \d+ ms`, `(?m)^  ok  iptables -t nat -F KUBE-SERVICES`,
 		`(?m)^  \$ curl -s localhost:10249/proxyMode\n  iptables$`, `-A KUBE-SVC-[A-Z2-7]{16} `,
-		`(?m)^  ok  sluice --cleanup`,
-	} {
-		if !regexp.MustCompile(want).MatchString(out.String()) {
-			t.Errorf("nothing matches %s", want)
-		}
-	}
+		`(?m)^  ok  sluice --cleanup`)
 	if strings.Contains(out.String(), "\x1b") {
 		t.Error("colour without a terminal")
 	}
 	compareREADME(t, out.String())
-	if t.Failed() {
-		t.Log(out.String())
-	}
 	leavesNothing(t)
+}
+
+// TestDemoNFTables shows the mode, with what only it has.
+func TestDemoNFTables(t *testing.T) {
+	agent := agentProgram(t)
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Skip("SKIPPED, mode nftables is not shown: ", err)
+	}
+	t.Setenv("TMPDIR", t.TempDir())
+	var out, errs bytes.Buffer
+	status := execute(options{agent: agent, manifests: "../../examples", extra: "manifests", mode: modeNFTables, limit: 2 * time.Minute}, &out, &errs)
+	if status != allWell {
+		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
+	}
+	wantLines(t, out.String(),
+		`(?m)^  ok  ClusterIP .* web-1 \d+  web-2 \d+  web-3 \d+ +kept$`,
+		`(?m)^  ok  NodePort, from outside .* masqueraded: 172\.18\.0\.11$`,
+		`(?m)^  ok  NodePort, on the node itself +127\.0\.0\.1:30080 `,
+		`(?m)^  ok  ClusterIP, unused port +10\.96\.7\.10:81 .* refused after \d+ µs$`,
+		`(?m)^  ok  unallocated address +10\.96\.200\.1:80 .* refused after \d+ µs$`,
+		`(?m)^  ok  an endpoint moves.* \d+ ms`, `(?m)^  ok  the same for a UDP flow`,
+		`(?m)^  ok  nft delete element of a Service, by hand .* sluice_drift_repaired_total 1;`,
+		`(?m)^  ok  nft flush ruleset, by hand .* sluice_drift_repaired_total 2;`,
+		`(?m)^  ok  the agent starts again .* 0 failed; it finds its tables: 0 changes of them$`,
+		`(?m)^  \$ curl -s localhost:10249/proxyMode\n  nftables$`,
+		`10\.96\.7\.10 \. tcp \. 80 : goto to-`, `(?m)^ +\d+ \t\tdnat ip to .* map @endpoints$`,
+		`(?m)^  sluice_service_packets_total\{.*service="web"\} [1-9]`,
+		`(?m)^  ok  SIGTERM: the agent stops, its rules stay +2 tables before, 2 after$`,
+		`(?m)^  ok  sluice --cleanup: they go +0 tables$`)
+	leavesNothing(t)
+}
+
+// wantLines fails, and shows the demo, where a pattern matches nothing.
+func wantLines(t *testing.T, text string, patterns ...string) {
+	t.Helper()
+	for _, want := range patterns {
+		if !regexp.MustCompile(want).MatchString(text) {
+			t.Errorf("nothing matches %s", want)
+		}
+	}
+	if t.Failed() {
+		t.Log(text)
+	}
 }
 
 // TestDemoIPVS shows the mode on a kernel that has it, which takes a while.
@@ -94,22 +130,14 @@ func TestDemoIPVS(t *testing.T) {
 		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
 	}
 	text := strings.ReplaceAll(out.String(), "\r", "")
-	for _, want := range []string{
+	wantLines(t, text,
 		`(?m)^  ok  ClusterIP .* web-1 \d+  web-2 \d+  web-3 \d+ +kept$`,
 		`(?m)^  ok  externalTrafficPolicy: Local .* web-1 \d+  web-2 \d+ +kept$`,
 		`(?m)^  ok  scheduler wrr, weights 3 1 1 .* web-1 180  web-2 60  web-3 60 `,
 		`(?m)^  ok  scheduler sh: by source .* web-\d 100 `,
 		`(?m)^  ok  an endpoint with open connections is removed`, `(?m)^  ok  ip link del kube-ipvs0, by hand`,
 		`(?m)^  \$ curl -s localhost:10249/proxyMode\n  ipvs$`, `10\.96\.7\.70:80 wrr`,
-		`(?m)^  ok  sluice --cleanup`,
-	} {
-		if !regexp.MustCompile(want).MatchString(text) {
-			t.Errorf("nothing matches %s", want)
-		}
-	}
-	if t.Failed() {
-		t.Log(text)
-	}
+		`(?m)^  ok  sluice --cleanup`)
 }
 
 // compareREADME looks for every line of the demo that the README shows, numbers
@@ -280,12 +308,10 @@ func (b *trigger) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func TestOtherModes(t *testing.T) {
-	for _, mode := range []string{"nftables", "userspace"} {
-		var out, errs bytes.Buffer
-		if got := execute(options{mode: mode}, &out, &errs); got != cannotRun || !strings.Contains(errs.String(), "not in this version") {
-			t.Errorf("%s: status %d: %s", mode, got, errs.String())
-		}
+func TestUnknownMode(t *testing.T) {
+	var out, errs bytes.Buffer
+	if got := execute(options{mode: "userspace"}, &out, &errs); got != cannotRun || !strings.Contains(errs.String(), "but: iptables, ipvs, nftables") {
+		t.Errorf("status %d: %s", got, errs.String())
 	}
 }
 

@@ -11,24 +11,9 @@ import (
 	"github.com/sluice-proxy/sluice/test/netlab"
 )
 
-const (
-	modeIPTables = "iptables"
-	modeIPVS     = "ipvs"
-)
-
-// ipvsManifests are laid beside examples/ in ipvs mode.
-const ipvsManifests = "hack/demo/manifests"
-
 // schedulers shows what a Service can ask for in ipvs mode.
 func (w *world) schedulers(ctx context.Context, t *table) error {
-	show := func(q question, judge func(tally) error) error {
-		got, err := w.ask(ctx, q)
-		if err != nil {
-			return err
-		}
-		t.add(row{[]string{q.what, q.to.String(), q.from, fmt.Sprintf("%5d", q.times), got.who(), got.source()}, judge(got)})
-		return nil
-	}
+	show := func(q question, judge func(tally) error) error { return w.show(ctx, t, q, judge) }
 	at := netip.MustParseAddrPort
 	return errors.Join(
 		show(question{"scheduler wrr, weights 3 1 1", shell, at("10.96.7.70:80"), 300}, func(t tally) error {

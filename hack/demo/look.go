@@ -20,10 +20,7 @@ func (w *world) whatToSee(ctx context.Context, p *printer) error {
 		{"/sluice/services", "default/web:http"},
 		{"/sluice/services/default/front", "because: externalTrafficPolicy Local"},
 	}
-	if w.o.mode == modeIPVS {
-		looks = append(looks, look{"/sluice/services/default/mistaken", "IGNORED: "}, look{"/sluice/ipvs", "10.244.1.11:7000"})
-	}
-	for _, look := range looks {
+	for _, look := range append(looks, w.mode.looks...) {
 		text, err := w.page(ctx, look.path)
 		if err != nil {
 			return err
@@ -33,10 +30,7 @@ func (w *world) whatToSee(ctx context.Context, p *printer) error {
 			p.fail(look.path, fmt.Errorf("the page does not say %q", look.wants))
 		}
 	}
-	if w.o.mode == modeIPVS {
-		return w.showServer(ctx, p)
-	}
-	return w.showChain(ctx, p)
+	return w.mode.see(w, ctx, p)
 }
 
 // showChain prints the chain of a Service as the kernel has it.
@@ -65,41 +59,33 @@ func (w *world) showChain(ctx context.Context, p *printer) error {
 func (w *world) end(ctx context.Context, p *printer) error {
 	p.heading("The end")
 	t := p.table(wide, "       ", "")
-	had, err := w.list(ctx)
+	had, err := w.mode.list(w, ctx)
 	if err != nil {
 		return err
 	}
 	w.agent.stop(syscall.SIGTERM)
-	left, err := w.list(ctx)
+	left, err := w.mode.list(w, ctx)
 	if err != nil {
 		return err
 	}
 	stopped := w.agent.err
 	if !slices.Equal(left, had) {
-		stopped = errors.Join(stopped, fmt.Errorf("of %d %s %d are left", len(had), w.objects(), len(left)))
+		stopped = errors.Join(stopped, fmt.Errorf("of %d %s %d are left", len(had), w.mode.objects, len(left)))
 	}
-	t.add(row{[]string{"SIGTERM: the agent stops, its rules stay", "", fmt.Sprintf("%d %s before, %d after", len(had), w.objects(), len(left))}, stopped})
+	t.add(row{[]string{"SIGTERM: the agent stops, its rules stay", "", fmt.Sprintf("%d %s before, %d after", len(had), w.mode.objects, len(left))}, stopped})
 	_, err = w.lab.Host(node).Run(ctx, w.o.agent, "--cleanup")
 	if err == nil {
-		if left, err = w.list(ctx); err == nil && len(left) > 0 {
+		if left, err = w.mode.list(w, ctx); err == nil && len(left) > 0 {
 			err = fmt.Errorf("left: %s", strings.Join(left, ", "))
 		}
 	}
-	t.add(row{[]string{"sluice --cleanup: they go", "", fmt.Sprintf("%d %s", len(left), w.objects())}, err})
+	t.add(row{[]string{"sluice --cleanup: they go", "", fmt.Sprintf("%d %s", len(left), w.mode.objects)}, err})
 	return nil
 }
 
-// objects says what list lists.
-func (w *world) objects() string {
-	if w.o.mode == modeIPVS {
-		return "chains and virtual servers"
-	}
-	return "chains"
-}
-
-func (w *world) list(ctx context.Context) ([]string, error) {
+func (w *world) chainsAndServers(ctx context.Context) ([]string, error) {
 	chains, err := w.chains(ctx)
-	if err != nil || w.o.mode != modeIPVS {
+	if err != nil {
 		return chains, err
 	}
 	servers, err := w.virtualServers(ctx)

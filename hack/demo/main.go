@@ -28,7 +28,7 @@ func main() {
 	flag.StringVar(&o.agent, "agent", "bin/sluice", "the agent's program")
 	flag.StringVar(&o.manifests, "manifests", "examples", "the folder of manifests; a copy is used")
 	flag.StringVar(&o.mode, "mode", "iptables", "the agent's proxy mode")
-	flag.StringVar(&o.extra, "extra", ipvsManifests, "the folder of manifests besides, in mode ipvs")
+	flag.StringVar(&o.extra, "extra", "hack/demo/manifests", "the folder of manifests besides, in one of its folders for each mode")
 	flag.DurationVar(&o.limit, "limit", 30*time.Second, "how long the whole may take")
 	flag.Parse()
 	o.color = wantsColor(os.Stdout)
@@ -41,7 +41,7 @@ func main() {
 // options are what a demo needs to know.
 type options struct {
 	agent, manifests, mode string
-	extra                  string // manifests of mode ipvs
+	extra                  string // manifests of modes
 	limit                  time.Duration
 	color                  bool
 	self                   string // this program, to start it elsewhere; "": that of this process
@@ -58,8 +58,8 @@ const (
 func execute(o options, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	if o.mode != modeIPTables && o.mode != modeIPVS {
-		fmt.Fprintf(stderr, "demo: mode %q is not in this version of Sluice, which has iptables and ipvs: make demo MODE=ipvs\n", o.mode)
+	if modes[o.mode] == nil {
+		fmt.Fprintf(stderr, "demo: there is no mode %q, but: %s\n", o.mode, modeNames())
 		return cannotRun
 	}
 	if needsMachine(o) {
@@ -123,7 +123,7 @@ func show(ctx context.Context, o options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	err = w.show(ctx, p)
+	err = w.run(ctx, p)
 	if err = errors.Join(err, w.close()); err == nil {
 		p.line("\n%s The namespaces and all that was in them are gone; this machine is as before.",
 			p.paint(green, fmt.Sprintf("All %d as it should be.", p.shown)))
@@ -131,7 +131,7 @@ func show(ctx context.Context, o options, out io.Writer) error {
 	return err
 }
 
-func (w *world) show(ctx context.Context, p *printer) error {
+func (w *world) run(ctx context.Context, p *printer) error {
 	took, err := w.startAgent(ctx)
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 	"unicode/utf8"
 )
@@ -46,6 +47,25 @@ func (p *printer) command(command, output string) {
 	p.line("\n  %s", p.paint(bold, "$ "+command))
 	for line := range strings.Lines(strings.TrimRight(output, "\n") + "\n") {
 		p.line("%s", strings.TrimRight("  "+line, " \n"))
+	}
+}
+
+// filtered is command with grep behind it, if only is not empty; a text that must be
+// there, and is not, is a failure.
+func (p *printer) filtered(command, only, output, wants string) {
+	if only != "" {
+		pattern := regexp.MustCompile(only)
+		var kept strings.Builder
+		for line := range strings.Lines(output) {
+			if pattern.MatchString(line) {
+				kept.WriteString(line)
+			}
+		}
+		command, output = command+" | grep '"+only+"'", kept.String()
+	}
+	p.command(command, output)
+	if !strings.Contains(output, wants) {
+		p.fail(command, fmt.Errorf("there is no %q", wants))
 	}
 }
 

@@ -37,6 +37,7 @@ var (
 // world is the namespaces, the agent and its folder of manifests.
 type world struct {
 	o     options
+	mode  *mode
 	lab   *netlab.Lab
 	dir   string // temporary: manifests, the agent's log, the lock of iptables
 	agent *agent
@@ -45,7 +46,7 @@ type world struct {
 }
 
 func build(o options) (w *world, err error) {
-	w = &world{o: o}
+	w = &world{o: o, mode: modes[o.mode]}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close())
@@ -63,8 +64,12 @@ func build(o options) (w *world, err error) {
 	if err = copyManifests(o.manifests, w.manifests()); err != nil {
 		return w, err
 	}
-	if o.mode == modeIPVS {
-		if err = copyManifests(o.extra, w.manifests()); err != nil {
+	// Some modes have more to show.
+	if extra := filepath.Join(o.extra, o.mode); o.extra != "" {
+		if _, none := os.Stat(extra); none == nil {
+			err = copyManifests(extra, w.manifests())
+		}
+		if err != nil {
 			return w, err
 		}
 	}
@@ -227,11 +232,11 @@ func (w *world) startAgent(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	defer log.Close()
-	cmd := exec.Command("nsenter", "--net="+w.lab.Host(node).Path(), "--", w.o.agent,
-		"--manifests="+w.manifests(), "--hostname-override="+node, "--proxy-mode="+w.o.mode, "--mode-fallback=false",
-		"--cluster-cidr="+clusterCIDRs,
+	cmd := exec.Command("nsenter", append([]string{"--net=" + w.lab.Host(node).Path(), "--", w.o.agent,
+		"--manifests=" + w.manifests(), "--hostname-override=" + node, "--proxy-mode=" + w.o.mode, "--mode-fallback=false",
+		"--cluster-cidr=" + clusterCIDRs,
 		// The machine's own: the demo leaves them alone.
-		"--conntrack-max-per-core=0", "--oom-score-adj=0")
+		"--conntrack-max-per-core=0", "--oom-score-adj=0"}, w.mode.flags...)...)
 	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(w.dir, "xtables.lock"))
 	cmd.Stdout, cmd.Stderr = log, log
 	// A process group of its own: Ctrl-C is for the demo, which then stops it.

@@ -46,8 +46,28 @@ func removeTable(f model.Family, name string) (bool, error) {
 	if err != nil || !there {
 		return false, err
 	}
-	if err := k.commit(context.Background(), []message{{what: deleteTable}}); err != nil {
+	if err := k.deleteUnentered(context.Background()); err != nil {
 		return false, fmt.Errorf("delete table %s %s: %w", word(f), name, err)
 	}
 	return true, nil
+}
+
+// deleteUnentered deletes a table in two transactions. In the first, packets cease to
+// enter it. While a table that they enter is deleted, its rules run for about a
+// millisecond after lookups in its maps have ceased to find anything (seen with Linux
+// 6.18): a ClusterIP is then one with no such port, and clients are refused whom
+// another mode would serve.
+func (k *nfKernel) deleteUnentered(ctx context.Context) error {
+	names, err := k.baseChains(ctx)
+	if err != nil {
+		return err
+	}
+	var list []message
+	for _, name := range names {
+		list = append(list, message{what: flushChain, name: name})
+	}
+	if err := k.commit(ctx, list); err != nil {
+		return err
+	}
+	return k.commit(ctx, []message{{what: deleteTable}})
 }

@@ -90,6 +90,26 @@ func (k *nfKernel) readStructure(ctx context.Context, a *actual) error {
 	return err
 }
 
+// baseChains are the table's chains that packets enter it by, whoever made it.
+func (k *nfKernel) baseChains(ctx context.Context) (names []string, err error) {
+	for range readTries {
+		names = nil
+		err = k.dump(ctx, unix.NFT_MSG_GETCHAIN, func(b []byte) error {
+			if nlbatch.Text(first(b, attrTable)) == k.table && first(b, unix.NFTA_CHAIN_HOOK) != nil {
+				names = append(names, nlbatch.Text(first(b, unix.NFTA_CHAIN_NAME)))
+			}
+			return nil
+		})
+		if !errors.Is(err, nlbatch.ErrInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	return names, nil
+}
+
 func (k *nfKernel) readChain(b []byte) (chainName, *digest, bool) {
 	var table, name, typ string
 	var number, policy uint32

@@ -23,6 +23,7 @@ type agent struct {
 	c    *cluster
 	t    *testing.T
 	node string
+	mode string
 	dir  string // what the pod has mounted
 }
 
@@ -32,11 +33,17 @@ type agent struct {
 // test ends.
 func (c *cluster) startAgent(t *testing.T, node string) *agent {
 	t.Helper()
+	return c.startAgentIn(t, node, "iptables")
+}
+
+// startAgentIn is startAgent with another mode in the ConfigMap than the shipped one.
+func (c *cluster) startAgentIn(t *testing.T, node, mode string) *agent {
+	t.Helper()
 	ds, err := c.client.AppsV1().DaemonSets("kube-system").Get(context.Background(), "sluice", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &agent{c: c, t: t, node: node, dir: filepath.Join(c.dir, node)}
+	a := &agent{c: c, t: t, node: node, mode: mode, dir: filepath.Join(c.dir, node)}
 	if err := a.mount(ds); err != nil {
 		t.Fatal(err)
 	}
@@ -120,14 +127,15 @@ func (a *agent) mount(ds *appsv1.DaemonSet) error {
 	return nil
 }
 
-// local replaces what is different in this cluster: the values marked EDIT, and
-// places inside the container by those on this machine.
+// local replaces what is different in this cluster: the values marked EDIT, the
+// mode, and places inside the container by those on this machine.
 func (a *agent) local(text string) string {
 	return strings.NewReplacer(
 		"/var/lib/kube-proxy", a.dir,
 		"/var/run/secrets/kubernetes.io/serviceaccount", a.dir,
 		"https://control-plane.example:6443", "https://"+a.c.apiAddr(),
 		"$(NODE_NAME)", a.node,
+		"mode: iptables\n", "mode: "+a.mode+"\n",
 	).Replace(text)
 }
 
@@ -144,7 +152,12 @@ func (a *agent) exec(container corev1.Container) (*process, error) {
 		}
 		program, args = "setpriv", append([]string{"--bounding-set=" + bounding, "--inh-caps=-all", "--no-new-privs", "--", binary}, args...)
 	}
-	return start(a.ns(), filepath.Join(a.dir, a.t.Name()+".log"), a.env(), program, args...)
+	return start(a.ns(), a.logFile(""), a.env(), program, args...)
+}
+
+// logFile is the file of what the agent writes; more tells one run of it from another.
+func (a *agent) logFile(more string) string {
+	return filepath.Join(a.dir, strings.ReplaceAll(a.t.Name(), "/", "-")+more+".log")
 }
 
 func (a *agent) ns() *netlab.Namespace { return a.c.lab.Host(a.node) }
@@ -156,7 +169,7 @@ func (a *agent) env() []string {
 
 // run runs the agent's binary with arguments of the test's own, until it ends.
 func (a *agent) run(args ...string) (string, error) {
-	p, err := start(a.ns(), filepath.Join(a.dir, a.t.Name()+args[0]+".log"), a.env(), binary, args...)
+	p, err := start(a.ns(), a.logFile(args[0]), a.env(), binary, args...)
 	if err != nil {
 		return "", err
 	}

@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"context"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -44,6 +46,17 @@ const foreignTable = `table inet foreign {
 // TestCleanup: --cleanup removes all that the agent wrote, and nothing else.
 func TestCleanup(t *testing.T) {
 	c := newTest(t)
+	for _, mode := range []string{"iptables", "nftables"} {
+		t.Run(mode, func(t *testing.T) {
+			if mode == "nftables" {
+				needsNFTables(t, c)
+			}
+			testCleanup(t, c, mode)
+		})
+	}
+}
+
+func testCleanup(t *testing.T, c *cluster, mode string) {
 	node := c.lab.Host("node2") // no other test has run an agent there
 	must := func(stdin, program string, args ...string) string {
 		t.Helper()
@@ -55,13 +68,19 @@ func TestCleanup(t *testing.T) {
 	}
 	must(foreign, "iptables-restore", "-w", "--noflush")
 	must(foreignTable, "nft", "-f", "-")
+	t.Cleanup(func() { // for the next mode
+		if _, err := node.Run(context.Background(), "nft", "flush", "ruleset"); err != nil {
+			t.Error(err)
+		}
+	})
 	before := kernelState(t, node)
 
-	svc := c.service(t, "cleaned")
-	if err := c.endpoints("cleaned", "pod3", "pod4"); err != nil {
+	name := "cleaned-" + mode
+	svc := c.service(t, name)
+	if err := c.endpoints(name, "pod3", "pod4"); err != nil {
 		t.Fatal(err)
 	}
-	a := c.startAgent(t, "node2")
+	a := c.startAgentIn(t, "node2", mode)
 	answeredBy(t, node, clusterIP(svc), "pod3", "pod4")
 	a.stop(syscall.SIGTERM)
 	// The dataplane outlives the agent.
@@ -110,7 +129,7 @@ func kernelState(t *testing.T, node *netlab.Namespace) []string {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(out) {
-		if f := strings.Fields(line); !strings.HasPrefix(f[1], "ip") { // those of iptables' nft variant are above
+		if f := strings.Fields(line); !slices.Contains([]string{"filter", "nat", "mangle", "raw", "security"}, f[2]) { // those of iptables' nft variant are above
 			state = append(state, strings.TrimSpace(line))
 		}
 	}

@@ -10,5 +10,6 @@
 // What needs IPVS is run by TestIPVS on a kernel that has it, the machine's own
 // or one that is booted for it (package uml): the scenarios with the ipvs
 // proxier, and tests of what is only there: schedulers, termination, and whose a
-// virtual server is.
+// virtual server is. What only nftables mode has is in nftables_test.go: counters,
+// and a table that goes.
 package kernel

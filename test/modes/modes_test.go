@@ -2,7 +2,6 @@ package modes
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -27,21 +26,33 @@ const (
 	openPort    = 7000
 )
 
-// TestModes builds the agent and runs the test inside, on a kernel with IPVS.
+// TestModes builds the agent and runs the tests inside, on a kernel with IPVS.
 func TestModes(t *testing.T) {
 	if uml.Inside() {
 		t.Skip("this is inside")
 	}
 	dir := t.TempDir()
+	binary := buildAgent(t, dir)
+	uml.RerunIn(t, uml.Machine{Writable: dir, Env: []string{binaryEnv + "=" + binary}}, "^(TestModeChange|TestIPVSAndNFTables)$")
+}
+
+// buildAgent builds the agent into a folder. The race detector does not run in
+// User-Mode Linux.
+func buildAgent(t *testing.T, dir string) string {
+	t.Helper()
 	binary := filepath.Join(dir, "sluice")
-	// The race detector does not run in User-Mode Linux.
 	if out, err := exec.Command("go", "build", "-race=false", "-buildvcs=false", "-o", binary, "../../cmd/sluice").CombinedOutput(); err != nil {
 		t.Fatalf("build the agent: %v\n%s", err, out)
 	}
-	uml.RerunIn(t, uml.Machine{Writable: dir, Env: []string{binaryEnv + "=" + binary}}, "^TestModeChange$")
+	return binary
 }
 
 const manifest = `apiVersion: v1
+kind: Node
+metadata: {name: node1}
+status: {addresses: [{type: InternalIP, address: 172.18.0.11}, {type: InternalIP, address: "fd00:172:18::11"}]}
+---
+apiVersion: v1
 kind: Service
 metadata: {name: web, namespace: default}
 spec:
@@ -84,25 +95,30 @@ spec:
   ports: [{port: 80}]
 `
 
-// foreign is what somebody else has: each line is a command.
-const foreign = `ipvsadm -A -t 192.0.2.9:80 -s wlc
+// What somebody else has: each line is a command.
+const (
+	foreignIPVS = `ipvsadm -A -t 192.0.2.9:80 -s wlc
 ipvsadm -a -t 192.0.2.9:80 -r 10.99.0.1:80 -m -w 7
 ipvsadm -A -f 77 -s rr
 ipvsadm -A -t [fd00:99::9]:443 -s sh
-ipset create FOREIGN hash:ip
-ipset add FOREIGN 192.0.2.1
 ip link add foreign0 type dummy
-ip addr add 192.0.2.9/32 dev foreign0
-iptables -N FOREIGN
-iptables -A FOREIGN -m set --match-set FOREIGN src -j DROP
-iptables -A INPUT -j FOREIGN
-iptables -t nat -A POSTROUTING -s 192.0.2.1/32 -j RETURN`
+ip addr add 192.0.2.9/32 dev foreign0`
+	foreignRules = `ipset create FOREIGN hash:ip
+ipset add FOREIGN 192.0.2.1
+IPTABLES -N FOREIGN
+IPTABLES -A FOREIGN -m set --match-set FOREIGN src -j DROP
+IPTABLES -A INPUT -j FOREIGN
+IPTABLES -t nat -A POSTROUTING -s 192.0.2.1/32 -j RETURN`
+)
 
 // world is a lab, one of whose nodes runs the agent.
 type world struct {
 	t         *testing.T
 	lab       *netlab.Lab
 	node      *netlab.Namespace
+	iptables  []string // its commands here: each has rules of its own
+	ipvs      bool     // the kernel has it
+	binary    string
 	manifests string
 	agent     *exec.Cmd
 	ended     chan error
@@ -118,14 +134,24 @@ func (w *world) run(args ...string) string {
 	return out
 }
 
+// newWorld is for the kernel with IPVS that uml gives.
 func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := buildWorld(t, os.Getenv(binaryEnv))
+	w.iptables, w.ipvs = []string{"iptables"}, true
+	w.commands(foreignIPVS)
+	w.commands(strings.ReplaceAll(foreignRules, "IPTABLES", "iptables"))
+	return w
+}
+
+func buildWorld(t *testing.T, binary string) *world {
 	t.Helper()
 	lab, err := netlab.New(netlab.Default())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(lab.Close)
-	w := &world{t: t, lab: lab, node: lab.Host("node1"), manifests: t.TempDir()}
+	w := &world{t: t, lab: lab, node: lab.Host("node1"), binary: binary, manifests: t.TempDir()}
 	if err := os.WriteFile(filepath.Join(w.manifests, "web.yaml"), []byte(manifest), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -139,33 +165,33 @@ func newWorld(t *testing.T) *world {
 			}
 		}
 	}
-	for line := range strings.Lines(foreign) {
-		w.run(strings.Fields(line)...)
-	}
 	return w
 }
 
-// start runs the agent in a mode and waits until it has removed what the mode
-// before has left, if there was one.
-func (w *world) start(mode string, other bool) {
+// commands runs each line.
+func (w *world) commands(list string) {
 	w.t.Helper()
-	w.log = filepath.Join(w.t.TempDir(), mode+".log")
-	out, err := os.Create(w.log)
-	if err != nil {
-		w.t.Fatal(err)
+	for line := range strings.Lines(list) {
+		w.run(strings.Fields(line)...)
 	}
-	defer out.Close()
-	w.agent = exec.Command(os.Getenv(binaryEnv), "--proxy-mode="+mode, "--mode-fallback=false", "--manifests="+w.manifests,
-		"--hostname-override=node1", "--cluster-cidr="+clusterCIDR, "--conntrack-max-per-core=0")
-	w.agent.Stdout, w.agent.Stderr = out, out
-	if err := w.node.Start(w.agent); err != nil {
-		w.t.Fatal(err)
-	}
-	w.ended = make(chan error, 1)
-	go func(c *exec.Cmd, ended chan error) { ended <- c.Wait() }(w.agent, w.ended)
+}
+
+// Words of the agent's log for what it removes.
+const (
+	goneIPTables  = "the iptables mode's chains"
+	goneIPVS      = "the ipvs mode's virtual servers"
+	goneNFTables  = "the nftables mode's table"
+	goneKubeProxy = "the table of kube-proxy's nftables mode"
+)
+
+// start runs the agent in a mode and waits until it has removed what the mode
+// before has left, "" if there was none, in both families.
+func (w *world) start(mode, removes string, flags ...string) {
+	w.t.Helper()
+	w.launch(mode, flags...)
 	want := []string{`"All Services are served" ipFamily="IPv4"`, `"All Services are served" ipFamily="IPv6"`}
-	if other {
-		want = append(want, `"Removed what another mode had left" ipFamily="IPv4"`, `"Removed what another mode had left" ipFamily="IPv6"`)
+	if removes != "" {
+		want = append(want, removed+` ipFamily="IPv4" removed="`+removes, removed+` ipFamily="IPv6" removed="`+removes)
 	}
 	w.until("the agent serves in mode "+mode, func() error {
 		log := w.logged()
@@ -176,9 +202,31 @@ func (w *world) start(mode string, other bool) {
 		}
 		return nil
 	})
-	if log := w.logged(); strings.Contains(log, "may still be there") || !other && strings.Contains(log, "Removed what another mode") {
+	log := w.logged()
+	if strings.Contains(log, "may still be there") || removes == "" && strings.Contains(log, removed) {
 		w.t.Errorf("mode %s:\n%s", mode, log)
 	}
+}
+
+const removed = `"Removed what another mode had left"`
+
+// launch runs the agent.
+func (w *world) launch(mode string, flags ...string) {
+	w.t.Helper()
+	w.log = filepath.Join(w.t.TempDir(), mode+".log")
+	out, err := os.Create(w.log)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer out.Close()
+	w.agent = exec.Command(w.binary, append([]string{"--proxy-mode=" + mode, "--mode-fallback=false", "--manifests=" + w.manifests,
+		"--hostname-override=node1", "--cluster-cidr=" + clusterCIDR, "--conntrack-max-per-core=0"}, flags...)...)
+	w.agent.Stdout, w.agent.Stderr = out, out
+	if err := w.node.Start(w.agent); err != nil {
+		w.t.Fatal(err)
+	}
+	w.ended = make(chan error, 1)
+	go func(c *exec.Cmd, ended chan error) { ended <- c.Wait() }(w.agent, w.ended)
 }
 
 func (w *world) stop() {
@@ -191,6 +239,27 @@ func (w *world) stop() {
 		}
 	case <-time.After(30 * time.Second):
 		w.t.Fatal("the agent does not stop")
+	}
+}
+
+// refused waits until the agent serves or says that its mode cannot be had here.
+func (w *world) refused() bool {
+	w.t.Helper()
+	deadline := time.After(60 * time.Second)
+	for {
+		select {
+		case err := <-w.ended:
+			if err == nil || !strings.Contains(w.logged(), " cannot run here: ") {
+				w.t.Fatalf("the agent ended with %v\n%s", err, w.logged())
+			}
+			return true
+		case <-deadline:
+			w.t.Fatalf("the agent neither serves nor ends\n%s", w.logged())
+		case <-time.After(50 * time.Millisecond):
+		}
+		if log := w.logged(); strings.Contains(log, `"All Services are served" ipFamily="IPv4"`) && strings.Contains(log, `"All Services are served" ipFamily="IPv6"`) {
+			return false
+		}
 	}
 }
 
@@ -260,10 +329,12 @@ func (w *world) state() []string {
 		}
 	}
 	always := func(string) bool { return true }
-	for _, program := range []string{"iptables-save", "ip6tables-save"} {
-		add(program, w.run(program), func(line string) bool {
-			return strings.HasPrefix(line, ":") && !strings.Contains(line, " ACCEPT ") || strings.HasPrefix(line, "-A ")
-		})
+	for _, iptables := range w.iptables {
+		for _, program := range []string{iptables + "-save", strings.Replace(iptables, "ip", "ip6", 1) + "-save"} {
+			add(program, w.run(program), func(line string) bool {
+				return strings.HasPrefix(line, ":") && !strings.Contains(line, " ACCEPT ") || strings.HasPrefix(line, "-A ")
+			})
+		}
 	}
 	for i, line := range out {
 		if strings.Contains(line, " :") {
@@ -272,8 +343,11 @@ func (w *world) state() []string {
 	}
 	// The kubelet's as well, so it stays.
 	out = slices.DeleteFunc(out, func(line string) bool { return strings.Contains(line, "KUBE-FIREWALL") })
-	add("ipvs", w.run("ipvsadm", "-S", "-n"), always)
 	add("ipset", w.run("ipset", "list", "-n"), always)
+	if !w.ipvs {
+		return append(out, w.tables()...)
+	}
+	add("ipvs", w.run("ipvsadm", "-S", "-n"), always)
 	add("addr", w.run("ip", "-o", "addr", "show", "dev", "foreign0"), func(line string) bool { return strings.Contains(line, "192.0.2.9") })
 	if text, err := w.node.Run(context.Background(), "ip", "-o", "addr", "show", "dev", "kube-ipvs0"); err == nil {
 		add("kube-ipvs0", text, always)
@@ -294,6 +368,25 @@ func (w *world) lacks(mode string, words ...string) {
 	}
 }
 
+// has fails unless a line of the state has the word.
+func (w *world) has(mode, word string) {
+	w.t.Helper()
+	if !slices.ContainsFunc(w.state(), func(line string) bool { return strings.Contains(line, word) }) {
+		w.t.Errorf("in mode %s there is no %s", mode, word)
+	}
+}
+
+// keeps fails if something is gone that was there before the agent came.
+func (w *world) keeps(mode string, before []string) {
+	w.t.Helper()
+	now := w.state()
+	for _, line := range before {
+		if !slices.Contains(now, line) {
+			w.t.Errorf("after mode %s somebody else's is gone: %s", mode, line)
+		}
+	}
+}
+
 // TestModeChange goes from iptables to ipvs, back, and to ipvs again, then cleans
 // up. Each mode serves, nothing of the other is left, and what others have stays.
 func TestModeChange(t *testing.T) {
@@ -302,20 +395,12 @@ func TestModeChange(t *testing.T) {
 	}
 	w := newWorld(t)
 	before := w.state()
-	theirs := func(mode string) {
-		t.Helper()
-		now := w.state()
-		for _, line := range before {
-			if !slices.Contains(now, line) {
-				t.Errorf("after mode %s somebody else's is gone: %s", mode, line)
-			}
-		}
-	}
-	// What only one mode has.
+	theirs := func(mode string) { t.Helper(); w.keeps(mode, before) }
+	// What only one mode of the two has.
 	ofIPTables := []string{"KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", "KUBE-NODEPORTS", "KUBE-EXTERNAL-SERVICES", "load balancer firewall"}
 	ofIPVS := []string{"kube-ipvs0", "10.96.1.1:80", "[fd00:10:96::101]:80", "ipset KUBE-", "KUBE-NODE-PORT ", "KUBE-LOAD-BALANCER", "KUBE-IPVS"}
 
-	w.start("iptables", false)
+	w.start("iptables", "")
 	w.serves("iptables")
 	w.lacks("iptables", ofIPVS...)
 	theirs("iptables")
@@ -325,7 +410,7 @@ func TestModeChange(t *testing.T) {
 	}
 	w.stop()
 
-	w.start("ipvs", true)
+	w.start("ipvs", goneIPTables)
 	w.serves("ipvs")
 	w.lacks("ipvs", ofIPTables...)
 	theirs("ipvs")
@@ -335,25 +420,30 @@ func TestModeChange(t *testing.T) {
 	w.stop()
 	w.serves("ipvs, stopped")
 
-	w.start("iptables", true)
+	w.start("iptables", goneIPVS)
 	w.serves("iptables again")
 	w.lacks("iptables again", ofIPVS...)
 	theirs("iptables again")
 	w.stop()
 
-	w.start("ipvs", true)
+	w.start("ipvs", goneIPTables)
 	w.serves("ipvs again")
 	w.lacks("ipvs again", ofIPTables...)
 	w.stop()
 
+	w.cleanup(before)
+}
+
+// cleanup runs --cleanup, twice, and wants the kernel to have what it had before.
+func (w *world) cleanup(before []string) {
+	w.t.Helper()
 	for range 2 {
-		out, err := w.node.Run(t.Context(), os.Getenv(binaryEnv), "--cleanup", "--hostname-override=node1")
-		var exit *exec.ExitError
-		if errors.As(err, &exit) || err != nil {
-			t.Fatalf("--cleanup: %v\n%s", err, out)
+		out, err := w.node.Run(w.t.Context(), w.binary, "--cleanup", "--hostname-override=node1")
+		if err != nil {
+			w.t.Fatalf("--cleanup: %v\n%s", err, out)
 		}
 		if diff := cmp.Diff(before, w.state()); diff != "" {
-			t.Errorf("before the agent came (-) and after --cleanup (+):\n%s", diff)
+			w.t.Errorf("before the agent came (-) and after --cleanup (+):\n%s", diff)
 		}
 	}
 }
