@@ -13,6 +13,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier/internal/aside"
 	"github.com/sluice-proxy/sluice/test/history"
 )
 
@@ -163,7 +164,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 		check()
 	}
 	// What is still refused is tried again alone: nothing else is read or written.
-	clock = clock.Add(2 * retryAside)
+	clock = clock.Add(2 * aside.Retry)
 	reads, writes := k.lists, len(k.changes)
 	check()
 	if k.lists != reads || len(k.changes) != writes {
@@ -171,7 +172,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	}
 	// What was refused comes back when the kernel takes it.
 	k.refuse = func(string) bool { return false }
-	clock = clock.Add(4 * retryAside)
+	clock = clock.Add(4 * aside.Retry)
 	check()
 }
 

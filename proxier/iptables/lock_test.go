@@ -86,7 +86,7 @@ func TestKernelLockedForLong(t *testing.T) {
 	if !errors.As(err, &failure) || failure.Refused() {
 		t.Fatalf("error %v, want one that blames nobody", err)
 	}
-	if failed != 2 || len(x.aside) > 0 || len(report.Aside) > 0 {
+	if failed != 2 || x.aside.Len() > 0 || len(report.Aside) > 0 {
 		t.Errorf("%d restores failed, want the change and the full comparison; set aside %v", failed, report.Aside)
 	}
 	_ = unix.Flock(int(lock.Fd()), unix.LOCK_UN)

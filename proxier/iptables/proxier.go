@@ -11,12 +11,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"time"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/internal/aside"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
 )
 
@@ -37,13 +37,6 @@ type Options struct {
 	Rules func(table string, total, written int)
 }
 
-// A Service whose rules the kernel refused is tried again, unchanged, after
-// retryAside, then after twice that, and so on.
-const (
-	retryAside     = time.Minute
-	retryAsideMost = time.Hour
-)
-
 // Proxier is the iptables proxier of one family.
 type Proxier struct {
 	o      Options
@@ -57,8 +50,7 @@ type Proxier struct {
 	token   string
 	others  bool           // somebody else wrote meanwhile: verify at the next Check
 	total   map[string]int // rules of ours, by table
-	aside   map[model.PortKey]aside
-	told    map[model.PortKey]bool // refusals that have been reported and not taken back
+	aside   *aside.Plans
 
 	written bool // this process has written: what it finds changed is drift
 	unread  bool // written in full and not read back yet
@@ -66,13 +58,6 @@ type Proxier struct {
 
 	verified   time.Time
 	verifyCost time.Duration
-}
-
-// aside is a plan that the kernel refused.
-type aside struct {
-	plan  *plan.Plan
-	since time.Time
-	wait  time.Duration
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -86,7 +71,7 @@ func newProxier(o Options, k kernel) *Proxier {
 	if o.Report == nil {
 		o.Report = proxier.Silent{}
 	}
-	return &Proxier{o: o, kernel: k, now: time.Now, aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, odd: map[tableRef]oddity{}}
+	return &Proxier{o: o, kernel: k, now: time.Now, aside: aside.New(o.Report.SetAside), odd: map[tableRef]oddity{}}
 }
 
 // Forget drops what is believed about the kernel. The next Sync reads it.
@@ -99,7 +84,7 @@ func (x *Proxier) Forget() {
 func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
 	err := x.sync(ctx, want)
 	if err == nil {
-		x.takeBack()
+		x.aside.TakeBack(nil)
 	}
 	return err
 }
@@ -120,39 +105,20 @@ func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
 	return x.syncAll(ctx, want)
 }
 
-// takeBack reports refusals that do not hold any more.
-func (x *Proxier) takeBack() {
-	for key := range x.told {
-		if _, still := x.aside[key]; !still {
-			delete(x.told, key)
-			x.o.Report.SetAside(key, nil)
-		}
-	}
-}
-
-// keep leaves out plans that were set aside and are not due again.
-func (x *Proxier) keep(p *plan.Plan) bool {
-	a, ok := x.aside[p.PortKey]
-	return !ok || a.plan != p
-}
-
 // readmit forgets refusals whose plan is gone or different now, and those due for
 // another try that the kernel accepts now. It returns the plans of the latter.
 // They are tried apart from everything else: with the others, one that is still
 // refused would cost a full comparison and a search each time.
 func (x *Proxier) readmit(ctx context.Context, want *plan.Set) []*plan.Plan {
 	var again []*plan.Plan
-	for key, a := range x.aside {
-		switch p := want.Get(key); {
-		case p != a.plan:
-			delete(x.aside, key)
-		case x.now().Sub(a.since) < a.wait:
-		case x.retry(ctx, want, p) != nil:
-			x.aside[key] = aside{p, x.now(), min(2*a.wait, retryAsideMost)}
-		default:
-			delete(x.aside, key)
-			again = append(again, p)
+	x.aside.Leave(want)
+	for _, p := range x.aside.Try(want, x.now()) {
+		if x.retry(ctx, want, p) != nil {
+			x.aside.Again(p, x.now())
+			continue
 		}
+		x.aside.Accept(p)
+		again = append(again, p)
 	}
 	return again
 }
@@ -168,16 +134,15 @@ func (x *Proxier) retry(ctx context.Context, want *plan.Set, p *plan.Plan) error
 // syncChanges writes the difference between the last applied Set and want.
 func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 	was, is := newCompiler(&x.o, x.applied), newCompiler(&x.o, want)
-	had := maps.Clone(x.aside)
+	had := x.aside.Clone()
 	again := x.readmit(ctx, want)
 	d := newDifference()
-	wasCompiled := func(p *plan.Plan) bool { a, ok := had[p.PortKey]; return !ok || a.plan != p }
 	step := func(old, new *plan.Plan) {
 		var a, b ruleset
-		if old != nil && wasCompiled(old) {
+		if old != nil && !had.Has(old) {
 			a = was.compile(old)
 		}
-		if new != nil && x.keep(new) {
+		if new != nil && x.aside.Keep(new) {
 			b = is.compile(new)
 		}
 		d.replace(a, b)
@@ -250,7 +215,7 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
 			return err
 		}
 	}
-	err = x.applyAll(ctx, want, have, x.keep)
+	err = x.applyAll(ctx, want, have, x.aside.Keep)
 	if refused(err) && ctx.Err() == nil {
 		err = x.applyWithoutCulprits(ctx, want, err)
 	}
@@ -304,15 +269,13 @@ func (x *Proxier) applyWithoutCulprits(ctx context.Context, want *plan.Set, refu
 		return refusal
 	}
 	for p, why := range culprits {
-		x.aside[p.PortKey] = aside{p, x.now(), retryAside}
-		x.told[p.PortKey] = true
-		x.o.Report.SetAside(p.PortKey, why)
+		x.aside.Refuse(p, why, x.now())
 	}
 	have, err := x.read(ctx)
 	if err != nil {
 		return err
 	}
-	return x.applyAll(ctx, want, have, x.keep)
+	return x.applyAll(ctx, want, have, x.aside.Keep)
 }
 
 // applyAll writes every chain of the plans that keep keeps which the kernel does
@@ -418,7 +381,7 @@ func (x *Proxier) learnOdd(ctx context.Context) error {
 		return nil // somebody else wrote: nothing can be learnt now
 	}
 	x.unread = false
-	newCompiler(&x.o, x.applied).everything(x.applied, &x.o, x.keep, func(ch tableChain) {
+	newCompiler(&x.o, x.applied).everything(x.applied, &x.o, x.aside.Keep, func(ch tableChain) {
 		ref := tableRef{ch.table, ch.name}
 		if h, ok := have.chains[ref]; ok && h != hashRules(ch.rules) {
 			x.odd[ref] = oddity{h, hashRules(ch.rules)}
@@ -443,7 +406,7 @@ func (x *Proxier) culprits(ctx context.Context, want *plan.Set) map[*plan.Plan]e
 	c := newCompiler(&x.o, want)
 	var all []*plan.Plan
 	for p := range want.All {
-		if x.keep(p) {
+		if x.aside.Keep(p) {
 			all = append(all, p)
 		}
 	}

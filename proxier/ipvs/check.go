@@ -36,7 +36,7 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	if err := x.drain(ctx); err != nil {
 		return false, err
 	}
-	if x.anyDue() {
+	if x.aside.Due(x.now()) {
 		if err := x.syncChanges(ctx, x.applied); err != nil {
 			return false, err
 		}

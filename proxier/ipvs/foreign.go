@@ -78,7 +78,7 @@ func (a *actual) alike(live *liveServer, s *server) bool {
 // avoid leaves a virtual server alone that a plan wants and somebody else has.
 func (x *Proxier) avoid(k serverKey, p *plan.Plan) {
 	x.foreign[k] = p.PortKey
-	x.tell(p.PortKey, fmt.Errorf("the virtual server %s belongs to somebody else and is left alone; everything else of this port is served", k))
+	x.aside.Tell(p.PortKey, fmt.Errorf("the virtual server %s belongs to somebody else and is left alone; everything else of this port is served", k))
 }
 
 // concede forgets which virtual servers of others a plan wanted, but for those

@@ -102,16 +102,11 @@ func (x *Proxier) start(want *plan.Set, have *actual, only func(*plan.Plan) bool
 	x.patrol = patrol{}
 	x.foreign = map[serverKey]model.PortKey{}
 	clear(x.partial)
-	for key, a := range x.aside {
-		if a.trying = a.due(x.now()); want.Get(key) != a.plan {
-			delete(x.aside, key)
-		} else {
-			x.aside[key] = a
-		}
-	}
+	x.aside.Leave(want)
+	x.aside.Try(want, x.now())
 	plans := make([]*plan.Plan, 0, want.Len())
 	for p := range want.All {
-		if x.keep(p) && (only == nil || only(p)) {
+		if x.aside.Keep(p) && (only == nil || only(p)) {
 			plans = append(plans, p)
 		}
 	}

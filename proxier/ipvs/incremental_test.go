@@ -16,6 +16,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier/internal/aside"
 	"github.com/sluice-proxy/sluice/test/history"
 )
 
@@ -201,10 +202,10 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 		}
 		check()
 	}
-	clock = clock.Add(2 * retryAside)
+	clock = clock.Add(2 * aside.Retry)
 	check()
 	k.refuse = func(op) error { return nil }
-	clock = clock.Add(8 * retryAside)
+	clock = clock.Add(8 * aside.Retry)
 	w.Step()
 	insist(t, x, w.Set())
 	if len(report.Aside) > 0 {

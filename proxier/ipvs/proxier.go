@@ -12,6 +12,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/internal/aside"
 	"github.com/sluice-proxy/sluice/proxier/internal/xtables"
 )
 
@@ -39,13 +40,6 @@ type Options struct {
 	Stats  xtables.Stats
 }
 
-// A Service of which the kernel refused something is tried again, unchanged,
-// after retryAside, then after twice that, and so on.
-const (
-	retryAside     = time.Minute
-	retryAsideMost = time.Hour
-)
-
 // DefaultScheduler is the scheduler if none is configured, as in kube-proxy.
 const DefaultScheduler = "rr"
 
@@ -62,9 +56,8 @@ type Proxier struct {
 	drains  *drains
 	token   token
 
-	aside   map[model.PortKey]aside
+	aside   *aside.Plans
 	partial map[model.PortKey]bool      // ports of which a part is left out
-	told    map[model.PortKey]bool      // reports that have not been taken back
 	foreign map[serverKey]model.PortKey // virtual servers that somebody else has, and the port that wants them
 
 	written bool // this process has written: what it finds changed is drift
@@ -72,16 +65,6 @@ type Proxier struct {
 	// rulesDue is when the tables may be read again because others wrote to them.
 	rulesDue time.Time
 }
-
-// aside is a plan that the kernel refused.
-type aside struct {
-	plan   *plan.Plan
-	since  time.Time
-	wait   time.Duration
-	trying bool // it is being tried again
-}
-
-func (a aside) due(now time.Time) bool { return now.Sub(a.since) >= a.wait }
 
 var _ proxier.Proxier = (*Proxier)(nil)
 
@@ -106,7 +89,7 @@ func newProxier(o Options, k kernel) *Proxier {
 		o.Scheduler = DefaultScheduler
 	}
 	return &Proxier{o: o, kernel: k, now: time.Now, ledger: newLedger(), drains: newDrains(),
-		aside: map[model.PortKey]aside{}, partial: map[model.PortKey]bool{}, told: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
+		aside: aside.New(o.Report.SetAside), partial: map[model.PortKey]bool{}, foreign: map[serverKey]model.PortKey{}}
 }
 
 func (x *Proxier) compiler(facts *plan.Facts) compiler {
@@ -142,30 +125,11 @@ func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
 
 // takeBack reports refusals that do not hold any more.
 func (x *Proxier) takeBack() {
-	if len(x.told) == 0 {
-		return
-	}
 	held := map[model.PortKey]bool{}
 	for _, key := range x.foreign {
 		held[key] = true
 	}
-	for key := range x.told {
-		if _, still := x.aside[key]; !still && !held[key] && !x.partial[key] {
-			delete(x.told, key)
-			x.o.Report.SetAside(key, nil)
-		}
-	}
-}
-
-func (x *Proxier) tell(key model.PortKey, err error) {
-	x.told[key] = true
-	x.o.Report.SetAside(key, err)
-}
-
-// keep leaves out plans that were set aside and are not tried again.
-func (x *Proxier) keep(p *plan.Plan) bool {
-	a, ok := x.aside[p.PortKey]
-	return !ok || a.plan != p || a.trying
+	x.aside.TakeBack(func(key model.PortKey) bool { return held[key] || x.partial[key] })
 }
 
 // syncChanges writes the difference between the last applied Set and want.
@@ -219,26 +183,10 @@ func (x *Proxier) prepare(ctx context.Context, is static) error {
 // readmit takes plans that were set aside and are due for another try into a
 // round. What is still refused is set aside again, for longer.
 func (x *Proxier) readmit(r *round, want *plan.Set) {
-	for key, a := range x.aside {
-		switch p := want.Get(key); {
-		case p != a.plan:
-			delete(x.aside, key)
-		case a.due(x.now()):
-			a.trying = true
-			x.aside[key] = a
-			r.step(nil, p)
-		}
+	x.aside.Leave(want)
+	for _, p := range x.aside.Try(want, x.now()) {
+		r.step(nil, p)
 	}
-}
-
-// anyDue says whether a plan that was set aside is due for another try.
-func (x *Proxier) anyDue() bool {
-	for _, a := range x.aside {
-		if a.due(x.now()) {
-			return true
-		}
-	}
-	return false
 }
 
 // withdraw deals with what the kernel refused. A destination, or the
@@ -271,18 +219,9 @@ func (x *Proxier) withdraw(ctx context.Context, c compiler, failures []failure) 
 	for key, err := range blamed {
 		p := x.applied.Get(key)
 		r.step(p, nil)
-		wait := retryAside
-		if a, ok := x.aside[key]; ok && a.plan == p {
-			wait = min(2*a.wait, retryAsideMost)
-		}
-		x.aside[key] = aside{plan: p, since: x.now(), wait: wait}
-		x.tell(key, err)
+		x.aside.Refuse(p, err, x.now())
 	}
-	for key, a := range x.aside {
-		if a.trying {
-			delete(x.aside, key) // the kernel took it
-		}
-	}
+	x.aside.Settle()
 	if len(blamed) == 0 {
 		return nil
 	}
@@ -303,7 +242,7 @@ func (f failure) part() bool {
 func (x *Proxier) leaveOut(f failure) {
 	key := *f.op.owner
 	x.partial[key] = true
-	x.tell(key, fmt.Errorf("the kernel refuses %s, which is left out: %w", f.op, f.err))
+	x.aside.Tell(key, fmt.Errorf("the kernel refuses %s, which is left out: %w", f.op, f.err))
 	if f.op.kind == addEntry {
 		x.ledger.elements[f.op.set]--
 	}

@@ -43,7 +43,7 @@ func (x *Proxier) newRound(was, is compiler) *round {
 // step replaces the plan of a port by another; nil for none. Plans that are set
 // aside count as none.
 func (r *round) step(old, new *plan.Plan) {
-	if old != nil && r.x.keep(old) {
+	if old != nil && r.x.aside.Keep(old) {
 		r.remove(r.compile(old, false), old)
 		r.x.concede(r.is, old, new)
 		delete(r.x.partial, old.PortKey)
@@ -51,7 +51,7 @@ func (r *round) step(old, new *plan.Plan) {
 			r.freed = append(r.freed, old.PortKey)
 		}
 	}
-	if new != nil && r.x.keep(new) {
+	if new != nil && r.x.aside.Keep(new) {
 		r.add(r.compile(new, true), new)
 	}
 }
@@ -89,8 +89,8 @@ func (x *Proxier) mark(c compiler, p *plan.Plan) uint32 {
 	m := x.ledger.markFor(p.PortKey)
 	if m == 0 {
 		x.partial[p.PortKey] = true
-		if !x.told[p.PortKey] {
-			x.tell(p.PortKey, errNoMark)
+		if !x.aside.Told(p.PortKey) {
+			x.aside.Tell(p.PortKey, errNoMark)
 		}
 	}
 	return m << insideShift(x.o.MasqueradeBit)
