@@ -22,9 +22,13 @@ var (
 	hookPrerouting  = &hook{"nat", "prerouting", inPrerouting, -100, "dstnat"}
 	hookOutput      = &hook{"nat", "output", inOutput, -100, "-100"}
 	hookPostrouting = &hook{"nat", "postrouting", inPostrouting, 100, "srcnat"}
-	hookNATInput    = &hook{"nat", "input", inInput, 100, "100"}
 	hookForward     = &hook{"filter", "forward", inForward, 0, "filter"}
 	hookInput       = &hook{"filter", "input", inInput, 0, "filter"}
+
+	// Once for a connection, as all chains of type nat, and before anybody translates its
+	// source: who does ends the way through these chains.
+	hookEndOut = &hook{"nat", "postrouting", inPostrouting, 0, "filter"}
+	hookEndIn  = &hook{"nat", "input", inInput, 0, "filter"}
 
 	// Before translation, and after it.
 	hookCountIn       = &hook{"filter", "prerouting", inPrerouting, -150, "mangle"}
@@ -53,8 +57,9 @@ func (c compiler) base(o *Options, facts *plan.Facts, complete bool) static {
 		{name: chainPrerouting, hook: hookPrerouting, rules: []rule{newRule(jump(chainServices))}},
 		{name: chainOutput, hook: hookOutput, rules: []rule{newRule(jump(chainServices))}},
 		{name: chainRemember, rules: c.remember()},
+		{name: chainRememberOut, hook: hookEndOut, rules: []rule{newRule(ctTranslated(), jump(chainRemember))}},
+		{name: chainRememberIn, hook: hookEndIn, rules: []rule{newRule(ctTranslated(), jump(chainRemember))}},
 		{name: chainPostrouting, hook: hookPostrouting, rules: c.postrouting()},
-		{name: chainNATInput, hook: hookNATInput, rules: []rule{newRule(ctTranslated(), jump(chainRemember))}},
 		{name: chainForward, hook: hookForward, rules: c.forward(o)},
 	}}
 	if localhostNodePorts(facts) {
@@ -129,7 +134,6 @@ func (c compiler) remember() []rule {
 func (c compiler) postrouting() []rule {
 	self := append([]operand{c.saddr()}, c.frontend()...)
 	return []rule{
-		newRule(ctTranslated(), jump(chainRemember)),
 		newRule(unmark(c.bit), masquerade()),
 		newRule(ctTranslated(), in(setHairpin, self...), masquerade()),
 	}

@@ -129,7 +129,8 @@ const (
 	chainPrerouting  = "nat-prerouting"
 	chainOutput      = "nat-output"
 	chainPostrouting = "nat-postrouting"
-	chainNATInput    = "nat-input"
+	chainRememberOut = "remember-postrouting"
+	chainRememberIn  = "remember-input"
 	chainForward     = "filter-forward"
 	chainInput       = "filter-input"
 

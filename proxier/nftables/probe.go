@@ -56,7 +56,7 @@ func features(f model.Family) []feature {
 		{"random numbers (module nft_numgen) in maps of several fields, and translation by them (module nft_nat)",
 			[]message{set(setEndpoints), base(hookPrerouting, c.dnat(setEndpoints, append(c.frontend(), random(n))...))}},
 		{"maps that rules write, for affinity (module nft_set_hash)",
-			[]message{set(setAffinity), base(hookPostrouting, c.update(time.Second))}},
+			[]message{set(setAffinity), base(hookEndOut, c.update(time.Second))}},
 		{"ranges in sets of several fields, for loadBalancerSourceRanges (Linux 5.6)",
 			[]message{set(setSources), base(hookPrerouting, newRule(in(setSources, append(c.frontend(), c.saddr())...), drop()))}},
 		{"maps of verdicts", append([]message{set(setServices), set(setNodePorts), set(setClusterIPs),

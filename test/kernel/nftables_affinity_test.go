@@ -371,3 +371,39 @@ func TestNFTablesAffinityListed(t *testing.T) {
 		}
 	}
 }
+
+// TestNFTablesAffinityBesideOthers: clients are remembered by their own address, also
+// where somebody else's chain, which has come later, masquerades before ours: nobody is
+// asked after the first who translates.
+func TestNFTablesAffinityBesideOthers(t *testing.T) {
+	needNFT(t)
+	w := newStickyNode(t, &stickyPlaces[0])
+	const others = `
+table ip others {
+	chain postrouting {
+		type nat hook postrouting priority srcnat - 10; policy accept;
+		ct status dnat masquerade
+	}
+	chain input {
+		type nat hook input priority 100; policy accept;
+		ct status dnat snat to 192.0.2.77
+	}
+}
+`
+	if _, err := w.node().RunInput(t.Context(), others, "nft", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	w.callers = slices.DeleteFunc(w.callers, func(c caller) bool { return w.hosts[c.from] != "client" })
+	first := w.askAll()
+	for c, again := range w.askAll() {
+		if again != first[c] {
+			t.Errorf("%s was at %s, and then at %s", c, first[c], again)
+		}
+	}
+	memory := w.memory()
+	for _, c := range w.callers {
+		if m := memory[c.String()]; m.endpoint != first[c] {
+			t.Errorf("%s was at %s; remembered: %v", c, first[c], m)
+		}
+	}
+}

@@ -236,7 +236,7 @@ func comparePath(t *testing.T, s *scenarios.Scenario, flow *scenarios.Flow, rend
 }
 
 func upToPostrouting(steps []string) []string {
-	i := slices.IndexFunc(steps, func(s string) bool { return strings.HasPrefix(s, "sluice nat-postrouting: ") })
+	i := slices.IndexFunc(steps, func(s string) bool { return strings.HasPrefix(s, "sluice remember-postrouting: ") })
 	if i < 0 {
 		return steps
 	}
