@@ -122,11 +122,17 @@ func (c compiler) services(facts *plan.Facts, complete bool) []rule {
 // remember finds out whether a new connection's client is to be remembered, and for how
 // long, when it is known which endpoint it goes to. Node ports are asked for by number
 // alone: a ClusterIP with the same number is remembered as well, for nobody to ask.
+//
+// Each protocol has rules of its own, for nft's sake alone: it reads no number of a
+// port from conntrack whose protocol the rule does not fix.
 func (c compiler) remember() []rule {
-	return []rule{
-		newRule(vmap(setSticky, c.dialled()...)),
-		newRule(vmap(setPortSticky, l4proto(), dialledPort())),
+	var rules []rule
+	for _, p := range []model.Protocol{model.TCP, model.UDP, model.SCTP} {
+		rules = append(rules,
+			newRule(isProtocol(p), vmap(setSticky, c.dialled()...)),
+			newRule(isProtocol(p), vmap(setPortSticky, l4proto(), dialledPort())))
 	}
+	return rules
 }
 
 // postrouting masquerades what was marked on its way in, and endpoints that reached

@@ -273,6 +273,11 @@ func isLocal(what string) stmt {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: uint32(regFirst), Data: native32(unix.RTN_LOCAL)})}
 }
 
+func isProtocol(p model.Protocol) stmt {
+	return stmt{"meta l4proto " + p.String(), all(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: uint32(regFirst)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: uint32(regFirst), Data: []byte{byte(p)}})}
+}
+
 // fromInterface matches, or not, the interface that a packet came in by. A name
 // that ends in * stands for all that begin so.
 func fromInterface(name string, not bool) stmt {

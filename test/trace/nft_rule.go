@@ -37,11 +37,24 @@ func (t *nftTable) statement(a *args) nftStatement {
 		if len(a.words) > 1 && a.words[1] == "mark" {
 			return nftMark(a)
 		}
+		if len(a.words) > 2 && slices.Contains(nftProtocols, a.words[2]) {
+			return nftProtocol(a)
+		}
 	case "drop", "return", "goto", "jump":
 		v, _ := t.verdict(a, a.next())
 		return func(*walk) (nftVerdict, error) { return *v, nil }
 	}
 	return t.match(a)
+}
+
+var nftProtocols = []string{"tcp", "udp", "sctp"}
+
+// nftProtocol reads "meta l4proto tcp".
+func nftProtocol(a *args) nftStatement {
+	a.expect("meta")
+	a.expect("l4proto")
+	name := a.next()
+	return func(w *walk) (nftVerdict, error) { return nftIf(w.packet.Protocol == name), nil }
 }
 
 // nftCounter reads "counter" and what it has counted, if they are there.
