@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"maps"
+	"net/netip"
 	"slices"
 
 	"github.com/sluice-proxy/sluice/pkg/plan"
@@ -55,9 +56,12 @@ type full struct {
 	wanted []uint64 // hashes of elements, sorted: keeping the elements takes ten times as much
 	seen   []bool   // which of them are there
 	stale  map[key]element
-	chains []chainSpec
-	ledger ledger
-	census census
+	// staleRanges are the ranges among the stale, by frontend: a range can be put only
+	// when those that overlap it are gone.
+	staleRanges map[key][]element
+	chains      []chainSpec
+	ledger      ledger
+	census      census
 	// clients are the frontends with affinity, and who may be behind them.
 	clients stale
 
@@ -70,7 +74,7 @@ type full struct {
 
 // compareAll reads what is there and holds it against what is wanted.
 func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*plan.Plan) bool) (*full, error) {
-	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
+	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, staleRanges: map[key][]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
 	f.collect()
 	x.kernel.disturbed() // what happened before now is seen now
 	var err error
@@ -79,6 +83,10 @@ func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*pla
 			f.seen[i] = true
 		} else {
 			f.stale[e.key] = e
+			if e.set == setSources {
+				at := frontendOf(e.key)
+				f.staleRanges[at] = append(f.staleRanges[at], e)
+			}
 		}
 		return nil
 	})
@@ -176,7 +184,7 @@ func (f *full) structure(ctx context.Context) error {
 	if rebuild {
 		list = append(list, message{what: deleteTable})
 		f.have = &actual{}
-		f.stale = map[key]element{}
+		f.stale, f.staleRanges = map[key]element{}, nil
 		clear(f.seen)
 	}
 	if !f.have.table {
@@ -292,12 +300,28 @@ func (f *full) fill(g *group, list []element) {
 			continue
 		}
 		f.missing++
-		if old, ok := f.stale[e.key]; ok {
-			g.del = append(g.del, old)
-			delete(f.stale, e.key)
+		f.take(g, e.key)
+		if e.set == setSources {
+			for _, old := range f.staleRanges[frontendOf(e.key)] {
+				f.take(g, old.key)
+			}
 		}
 		g.put = append(g.put, e)
 	}
+}
+
+// take has a group delete what is stale at a key.
+func (f *full) take(g *group, k key) {
+	if old, ok := f.stale[k]; ok {
+		g.del = append(g.del, old)
+		delete(f.stale, k)
+	}
+}
+
+// frontendOf is a range's key without the range.
+func frontendOf(k key) key {
+	k.source = netip.Prefix{}
+	return k
 }
 
 // removeRefused sets refused plans aside, and takes away what they have in the kernel

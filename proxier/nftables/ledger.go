@@ -97,7 +97,8 @@ func (g *group) messages() []message {
 
 // stages cut a group that is too large for one transaction, so that each moment
 // between them is safe: endpoints come before the verdict that counts them, and go
-// after it.
+// after it. Ranges of clients change in one transaction: the kernel refuses those
+// that overlap, and nobody is to be locked out meanwhile.
 func (g *group) stages() [][]message {
 	replaced, taken := map[key]element{}, map[key]bool{}
 	for _, e := range g.del {
@@ -118,14 +119,26 @@ func (g *group) stages() [][]message {
 			list = list[n:]
 		}
 	}
+	var ranges, rangesGone []element
 	for _, e := range g.put {
-		if e.then != "" {
+		switch {
+		case e.then != "":
 			verdicts = append(verdicts, e)
-		} else {
+		case e.set == setSources:
+			ranges = append(ranges, e)
+		default:
 			fresh = append(fresh, e)
 		}
 	}
+	for _, e := range g.del {
+		if e.set == setSources && len(ranges) > 0 {
+			rangesGone, taken[e.key] = append(rangesGone, e), true
+		}
+	}
 	pair(fresh)
+	if len(ranges) > 0 {
+		out = append(out, append(pack(deleteElements, rangesGone), pack(putElements, ranges)...))
+	}
 	pair(verdicts)
 	for _, e := range g.del {
 		if !taken[e.key] {
