@@ -89,6 +89,13 @@ func (s stale) all(p *plan.Plan) {
 	}
 }
 
+// none notes that nobody is behind a plan's frontends.
+func (s stale) none(p *plan.Plan) {
+	for i := range p.Frontends {
+		s[dialledAt(p, &p.Frontends[i])] = nil
+	}
+}
+
 // keeps says whether a client goes on being remembered. everything says that s has all
 // frontends, so that one that it does not have is gone.
 func (s stale) keeps(c client, everything bool) bool {

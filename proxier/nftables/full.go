@@ -330,6 +330,7 @@ func (f *full) removeRefused(ctx context.Context, refused []*group) error {
 	var back []*group
 	for _, g := range refused {
 		f.x.setAside(g.new, g.refused)
+		f.clients.none(g.new)
 		rs := f.x.compile(g.new, f.census)
 		lost := map[key]bool{}
 		for _, e := range g.put {
