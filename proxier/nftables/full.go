@@ -164,7 +164,7 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 		return err
 	}
 	for _, name := range rest {
-		x.ledger.idle[name] = x.now()
+		x.ledger.idle[name], x.ledger.found[name] = x.now(), true
 	}
 	if f.partial {
 		return nil

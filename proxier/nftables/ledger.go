@@ -11,18 +11,20 @@ import (
 type ledger struct {
 	shared map[key]int
 	chains map[chainSpec]int
-	// idle are chains that are there and that nobody needs, since when.
-	idle map[chainName]time.Time
+	// idle are chains that are there and that nobody needs, since when; found are those
+	// of them that this process has not written, so that who knows what they do.
+	idle  map[chainName]time.Time
+	found map[chainName]bool
 }
 
 func newLedger() ledger {
-	return ledger{map[key]int{}, map[chainSpec]int{}, map[chainName]time.Time{}}
+	return ledger{map[key]int{}, map[chainSpec]int{}, map[chainName]time.Time{}, map[chainName]bool{}}
 }
 
-// has says whether a chain is there.
+// has says whether a chain is there, and as it should be.
 func (l *ledger) has(s chainSpec) bool {
 	_, idle := l.idle[s.name()]
-	return idle || l.chains[s] > 0
+	return idle && !l.found[s.name()] || l.chains[s] > 0
 }
 
 // hold counts one more that needs what a ruleset shares; release one less. Elements
