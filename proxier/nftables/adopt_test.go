@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 )
@@ -38,6 +40,47 @@ func TestFoundChainsAreWritten(t *testing.T) {
 	for name, ch := range k.table.chains {
 		if strings.Contains(string(name), "to-12") && len(ch.rules) != want[name] {
 			t.Errorf("chain %s has %d rules of %d", name, len(ch.rules), want[name])
+		}
+	}
+}
+
+// TestAdoptOthers: what somebody else, or another version, has made of our table is put
+// right, whatever it is, and not touched any more then.
+func TestAdoptOthers(t *testing.T) {
+	for _, f := range families {
+		for what, commands := range map[string][]string{
+			"another priority": {"add chain $ nat-prerouting { type nat hook prerouting priority -90; }"},
+			"another type":     {"add chain $ nat-prerouting { type filter hook prerouting priority -100; }"},
+			"another hook":     {"add chain $ nat-prerouting { type nat hook output priority -100; }"},
+			"no hook":          {"add chain $ nat-prerouting"},
+			"a hook":           {"add chain $ services { type filter hook forward priority 0; policy drop; }"},
+		} {
+			t.Run(word(f)+"/"+what, func(t *testing.T) {
+				k := &counting{nfKernel: kernelIn(t, f)}
+				nft(t, "add table "+word(f)+" "+table)
+				for _, c := range commands {
+					nft(t, strings.Replace(c, "$", word(f)+" "+table, 1))
+				}
+				set := web(t, f, 3, nil)
+				x, now := clocked(Options{Family: f, MasqueradeBit: 14}, k)
+				if err := x.Sync(t.Context(), set); err != nil {
+					t.Fatal(err)
+				}
+				sweep(t, x, now)
+				fresh := newFake()
+				y, later := clocked(x.o, fresh)
+				if err := y.Sync(t.Context(), set); err != nil {
+					t.Fatal(err)
+				}
+				sweep(t, y, later)
+				if d := cmp.Diff(fresh.text(), kernelText(t, k.nfKernel, set, x.o)); d != "" {
+					t.Errorf("differs from a start from nothing (-want +got):\n%s", d)
+				}
+				commits := k.commits
+				if _, err := x.Check(t.Context(), true); err != nil || k.commits != commits {
+					t.Errorf("written again %d times, error %v", k.commits-commits, err)
+				}
+			})
 		}
 	}
 }

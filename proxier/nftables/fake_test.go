@@ -67,7 +67,7 @@ func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, 
 	if f.failing() {
 		return nil, errFake
 	}
-	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}}
+	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}, heads: map[chainName]uint64{}}
 	if f.table == nil {
 		return a, nil
 	}
@@ -81,7 +81,7 @@ func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, 
 		}
 	}
 	for name, ch := range f.table.chains {
-		a.chains[name] = ch.digestOf()
+		a.chains[name], a.heads[name] = ch.digestOf(), ch.head()
 	}
 	return a, nil
 }

@@ -216,10 +216,14 @@ func (f *full) structure(ctx context.Context) error {
 
 // write appends a chain if it is not as it should be.
 func (f *full) write(list []message, ch chain) []message {
-	if h, there := f.have.chains[ch.name]; there && h == ch.digestOf() {
+	h, there := f.have.chains[ch.name]
+	if there && h == ch.digestOf() {
 		return list
 	}
 	f.odd++
+	if there && f.have.heads[ch.name] != ch.head() {
+		list = append(list, message{what: flushChain, name: string(ch.name)}, message{what: deleteChain, name: string(ch.name)})
+	}
 	return append(list, message{what: writeChain, chain: ch})
 }
 

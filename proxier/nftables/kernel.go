@@ -316,6 +316,15 @@ func (d *digest) add(b []byte) {
 	d.h = (d.h ^ 0x100) * 1099511628211
 }
 
+// head is the digest of how a chain should be entered, which the kernel does not
+// change in a chain that is there.
+func (c chain) head() uint64 {
+	if c.hook == nil {
+		return newDigest("", 0, 0, 0).h
+	}
+	return newDigest(c.hook.typ, c.hook.number, c.hook.priority, 0).h
+}
+
 // digestOf is the digest of a chain as it should be.
 func (c chain) digestOf() uint64 {
 	d := newDigest("", 0, 0, 0)

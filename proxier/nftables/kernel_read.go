@@ -33,7 +33,7 @@ func (k *nfKernel) read(ctx context.Context, got func(element) error) (*actual, 
 	a.table = true
 	var err error
 	for range readTries {
-		a.sets, a.extra, a.chains = map[setID]bool{}, nil, map[chainName]uint64{}
+		a.sets, a.extra, a.chains, a.heads = map[setID]bool{}, nil, map[chainName]uint64{}, map[chainName]uint64{}
 		if err = k.readStructure(ctx, a); !errors.Is(err, nlbatch.ErrInterrupted) {
 			break
 		}
@@ -70,8 +70,8 @@ func (k *nfKernel) readStructure(ctx context.Context, a *actual) error {
 	}
 	digests := map[chainName]*digest{}
 	if err := k.dump(ctx, unix.NFT_MSG_GETCHAIN, func(b []byte) error {
-		if name, d, ours := k.readChain(b); ours {
-			digests[name] = d
+		if name, d, head, ours := k.readChain(b); ours {
+			digests[name], a.heads[name] = d, head
 		}
 		return nil
 	}); err != nil {
@@ -110,7 +110,7 @@ func (k *nfKernel) baseChains(ctx context.Context) (names []string, err error) {
 	return names, nil
 }
 
-func (k *nfKernel) readChain(b []byte) (chainName, *digest, bool) {
+func (k *nfKernel) readChain(b []byte) (_ chainName, _ *digest, head uint64, ours bool) {
 	var table, name, typ string
 	var number, policy uint32
 	var priority int32
@@ -135,7 +135,7 @@ func (k *nfKernel) readChain(b []byte) (chainName, *digest, bool) {
 			}
 		}
 	}
-	return chainName(name), newDigest(typ, number, priority, policy), table == k.table
+	return chainName(name), newDigest(typ, number, priority, policy), newDigest(typ, number, priority, 0).h, table == k.table
 }
 
 // readSpec notes a set, and whether it is as we make it.

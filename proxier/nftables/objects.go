@@ -99,6 +99,7 @@ type actual struct {
 	sets   map[setID]bool       // as they should be; false: there, but different
 	extra  []string             // sets of names that we do not use
 	chains map[chainName]uint64 // with the digest of their content
+	heads  map[chainName]uint64 // with the digest of how they are entered
 }
 
 // message is one request of a transaction.
