@@ -53,6 +53,7 @@ func TestAdoptOthers(t *testing.T) {
 			"another type":     {"add chain $ nat-prerouting { type filter hook prerouting priority -100; }"},
 			"another hook":     {"add chain $ nat-prerouting { type nat hook output priority -100; }"},
 			"no hook":          {"add chain $ nat-prerouting"},
+			"asleep":           {"add table $ { flags dormant; }", "add chain $ nat-prerouting { type nat hook prerouting priority -90; }"},
 			"a hook":           {"add chain $ services { type filter hook forward priority 0; policy drop; }"},
 		} {
 			t.Run(word(f)+"/"+what, func(t *testing.T) {

@@ -211,7 +211,10 @@ func (f *full) structure(ctx context.Context) error {
 		f.head = list
 		return nil
 	}
-	return f.commitInOrder(ctx, list)
+	if err := f.commitInOrder(ctx, list); err != nil || !f.have.asleep {
+		return err
+	}
+	return f.x.commit(ctx, []message{{what: putTable}}) // the kernel wants that by itself
 }
 
 // write appends a chain if it is not as it should be.
@@ -399,7 +402,7 @@ func (f *full) report(x *Proxier) {
 		}
 	}
 	switch {
-	case !f.have.table:
+	case !f.have.table, f.have.asleep:
 		report("table", 1)
 	default:
 		report("element", f.missing+len(f.stale))

@@ -107,7 +107,10 @@ func (k *nfKernel) commit(ctx context.Context, t []message) error {
 func (k *nfKernel) requests(m message) ([]request, error) {
 	switch m.what {
 	case putTable:
-		return []request{func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE) }}, nil
+		return []request{func(e *nlbatch.Encoder) {
+			k.begin(e, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE)
+			e.U32BE(unix.NFTA_TABLE_FLAGS, 0)
+		}}, nil
 	case deleteTable:
 		return []request{func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_DELTABLE, 0) }}, nil
 	case putSet:

@@ -27,11 +27,10 @@ func (k *nfKernel) dump(ctx context.Context, typ uint16, got func(body []byte) e
 // read implements kernel. It starts over while others write.
 func (k *nfKernel) read(ctx context.Context, got func(element) error) (*actual, error) {
 	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}}
-	if there, err := k.there(ctx); err != nil || !there {
+	var err error
+	if a.table, a.asleep, err = k.state(ctx); err != nil || !a.table {
 		return a, err
 	}
-	a.table = true
-	var err error
 	for range readTries {
 		a.sets, a.extra, a.chains, a.heads = map[setID]bool{}, nil, map[chainName]uint64{}, map[chainName]uint64{}
 		if err = k.readStructure(ctx, a); !errors.Is(err, nlbatch.ErrInterrupted) {
@@ -54,14 +53,29 @@ func (k *nfKernel) read(ctx context.Context, got func(element) error) (*actual, 
 
 // there implements kernel.
 func (k *nfKernel) there(ctx context.Context) (bool, error) {
-	err := k.conn.Query(ctx, func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_GETTABLE, 0) }, func([]byte) error { return nil })
+	there, _, err := k.state(ctx)
+	return there, err
+}
+
+// tableDormant is NFT_TABLE_F_DORMANT: no chain of the table is entered.
+const tableDormant = 1
+
+// state says whether there is a table of ours, and whether it is dormant.
+func (k *nfKernel) state(ctx context.Context) (there, asleep bool, err error) {
+	err = k.conn.Query(ctx, func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_GETTABLE, 0) }, func(b []byte) error {
+		if len(b) >= headerSize {
+			flags := first(b[headerSize:], unix.NFTA_TABLE_FLAGS)
+			asleep = len(flags) == 4 && binary.BigEndian.Uint32(flags)&tableDormant != 0
+		}
+		return nil
+	})
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return false, nil
+		return false, false, nil
 	case err != nil:
-		return false, fmt.Errorf("look for table %s: %w", k.table, err)
+		return false, false, fmt.Errorf("look for table %s: %w", k.table, err)
 	}
-	return true, nil
+	return true, asleep, nil
 }
 
 func (k *nfKernel) readStructure(ctx context.Context, a *actual) error {

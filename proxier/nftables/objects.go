@@ -96,6 +96,7 @@ type client struct {
 // actual is what the kernel has of ours.
 type actual struct {
 	table  bool
+	asleep bool                 // the table is dormant: it has all, and does nothing
 	sets   map[setID]bool       // as they should be; false: there, but different
 	extra  []string             // sets of names that we do not use
 	chains map[chainName]uint64 // with the digest of their content
