@@ -54,6 +54,8 @@ func TestAdoptOthers(t *testing.T) {
 			"another hook":     {"add chain $ nat-prerouting { type nat hook output priority -100; }"},
 			"no hook":          {"add chain $ nat-prerouting"},
 			"asleep":           {"add table $ { flags dormant; }", "add chain $ nat-prerouting { type nat hook prerouting priority -90; }"},
+			"other verdicts":   {"add map $ node-ports { type inet_proto . inet_service : mark; }", "add element $ node-ports { tcp . 30080 : 1 }"},
+			"other keys":       {"add map $ node-ports { type inet_proto . mark : verdict; }"},
 			"a hook":           {"add chain $ services { type filter hook forward priority 0; policy drop; }"},
 		} {
 			t.Run(word(f)+"/"+what, func(t *testing.T) {

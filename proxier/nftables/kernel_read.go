@@ -155,7 +155,7 @@ func (k *nfKernel) readChain(b []byte) (_ chainName, _ *digest, head uint64, our
 // readSpec notes a set, and whether it is as we make it.
 func (k *nfKernel) readSpec(b []byte, a *actual) {
 	var table, name string
-	var flags, keyLen, dataLen uint32
+	var flags, keyType, dataType, keyLen, dataLen uint32
 	for t, v := range nlbatch.Attributes(b) {
 		switch t {
 		case attrTable:
@@ -164,6 +164,10 @@ func (k *nfKernel) readSpec(b []byte, a *actual) {
 			name = nlbatch.Text(v)
 		case unix.NFTA_SET_FLAGS:
 			flags = binary.BigEndian.Uint32(v)
+		case unix.NFTA_SET_KEY_TYPE:
+			keyType = binary.BigEndian.Uint32(v)
+		case unix.NFTA_SET_DATA_TYPE:
+			dataType = binary.BigEndian.Uint32(v)
 		case unix.NFTA_SET_KEY_LEN:
 			keyLen = binary.BigEndian.Uint32(v)
 		case unix.NFTA_SET_DATA_LEN:
@@ -177,6 +181,7 @@ func (k *nfKernel) readSpec(b []byte, a *actual) {
 		if spec.name == name {
 			// Some kernels say only later that a set is one of concatenated ranges.
 			a.sets[setID(set)] = flags&^setConcat == spec.flags()&^setConcat &&
+				keyType == datatype(spec.key, k.family) && dataType == datatype(spec.value, k.family) &&
 				int(keyLen) == length(spec.key, k.family) &&
 				(int(dataLen) == length(spec.value, k.family) || spec.value == nil || spec.value[0] == fieldVerdict)
 			return
