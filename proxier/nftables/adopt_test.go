@@ -2,8 +2,10 @@ package nftables
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -85,5 +87,43 @@ func TestAdoptOthers(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestOthersSetsGo: a set that is none of ours goes, with what uses it, and nothing of
+// ours is made anew for it: what the rules remember of clients would be lost.
+func TestOthersSetsGo(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.String(), func(t *testing.T) {
+			k := kernelIn(t, f)
+			set := web(t, f, 3, func(s *model.Service) { s.Affinity = time.Hour })
+			x, now := clocked(Options{Family: f, MasqueradeBit: 14}, k)
+			if err := x.Sync(t.Context(), set); err != nil {
+				t.Fatal(err)
+			}
+			want := kernelText(t, k, set, x.o)
+			w, fam := world(f), word(f)
+			nft(t, fmt.Sprintf("add element %s sluice affinity { %s . %s . tcp . 80 timeout 1h : %s . 8080 }", fam, w.Addr(11, 1), w.Addr(10, 80), w.Addr(10, 1<<20)))
+			for _, c := range []string{
+				"add set $ mine { type mark; }", "insert rule $ services meta mark @mine drop", "add chain $ mine", "add rule $ mine meta mark @mine drop",
+				"add map $ theirs { type mark : verdict; }", "add element $ theirs { 1 : goto mine }", "insert rule $ nat-output tcp dport { 1, 2 } drop",
+			} {
+				nft(t, strings.Replace(c, "$", fam+" "+table, 1))
+			}
+			if _, err := x.Check(t.Context(), true); err != nil {
+				t.Fatal(err)
+			}
+			sweep(t, x, now)
+			if d := cmp.Diff(want, kernelText(t, k, set, x.o)); d != "" {
+				t.Errorf("not repaired (-want +got):\n%s", d)
+			}
+			if got := nft(t, "list ruleset"); strings.Contains(got, "mine") || strings.Contains(got, "theirs") {
+				t.Errorf("left behind: %s", got)
+			}
+			clients := 0
+			if err := k.clients(t.Context(), func(client) { clients++ }); err != nil || clients != 1 {
+				t.Errorf("%d clients are remembered, error %v", clients, err)
+			}
+		})
 	}
 }

@@ -2,6 +2,7 @@ package nftables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"maps"
@@ -166,6 +167,9 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 	for _, name := range rest {
 		x.ledger.idle[name], x.ledger.found[name] = x.now(), true
 	}
+	if err := f.removeExtra(ctx, rest); err != nil {
+		return err
+	}
 	if f.partial {
 		return nil
 	}
@@ -177,7 +181,7 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 // transaction.
 func (f *full) structure(ctx context.Context) error {
 	var list []message
-	rebuild := len(f.have.extra) > 0
+	rebuild := false
 	for _, right := range f.have.sets {
 		rebuild = rebuild || !right
 	}
@@ -392,6 +396,28 @@ func (f *full) chainsToDelete() []chainName {
 		}
 	}
 	return out
+}
+
+// removeExtra deletes sets that we do not use, with the rules that used them: those
+// are in chains that nobody wants, since all others are as they should be by now. If
+// the kernel refuses, they harm nobody until somebody compares everything again.
+func (f *full) removeExtra(ctx context.Context, unwanted []chainName) error {
+	if len(f.have.extra) == 0 {
+		return nil
+	}
+	var list []message
+	for _, name := range unwanted {
+		list = append(list, message{what: flushChain, name: string(name)})
+	}
+	for _, name := range f.have.extra {
+		list = append(list, message{what: deleteSet, name: name})
+	}
+	err := f.x.kernel.commit(ctx, list)
+	if back := (*rolledBack)(nil); errors.As(err, &back) && ctx.Err() == nil {
+		f.x.o.Refused(true)
+		return nil
+	}
+	return err
 }
 
 // report tells of what somebody else had changed.

@@ -174,7 +174,7 @@ func (k *nfKernel) readSpec(b []byte, a *actual) {
 			dataLen = binary.BigEndian.Uint32(v)
 		}
 	}
-	if table != k.table {
+	if table != k.table || flags&unix.NFT_SET_ANONYMOUS != 0 { // such a set is a part of a rule
 		return
 	}
 	for set, spec := range setSpecs {

@@ -98,7 +98,7 @@ type actual struct {
 	table  bool
 	asleep bool                 // the table is dormant: it has all, and does nothing
 	sets   map[setID]bool       // as they should be; false: there, but different
-	extra  []string             // sets of names that we do not use
+	extra  []string             // sets with names that we do not use, but for those of single rules
 	chains map[chainName]uint64 // with the digest of their content
 	heads  map[chainName]uint64 // with the digest of how they are entered
 }
