@@ -102,3 +102,35 @@ func mustSync(t *testing.T, x *Proxier, set *plan.Set) {
 		t.Fatal(err)
 	}
 }
+
+// gaps is a kernel whose first list of clients lacks every other one.
+type gaps struct {
+	*fakeKernel
+	lists *int
+}
+
+func (g gaps) clients(ctx context.Context, got func(client)) error {
+	n := 0
+	*g.lists++
+	return g.fakeKernel.clients(ctx, func(c client) {
+		if n++; *g.lists > 1 || n%2 == 0 {
+			got(c)
+		}
+	})
+}
+
+// TestGapsInTheList: clients that a list lacks, since others timed out while it was
+// made, are forgotten as well.
+func TestGapsInTheList(t *testing.T) {
+	const f = model.IPv4
+	sticky := func(s *model.Service) { s.Affinity = 3 * time.Hour }
+	k := newFake()
+	x := newProxier(Options{Family: f, MasqueradeBit: 14}, k)
+	mustSync(t, x, web(t, f, 9, sticky))
+	remembering(x, k)
+	x.kernel = gaps{k, new(int)}
+	mustSync(t, x, web(t, f, 1, sticky))
+	if len(k.affinity) != 2 { // of the ClusterIP's and of the node port's
+		t.Errorf("%d are remembered: %v", len(k.affinity), k.affinity)
+	}
+}

@@ -284,7 +284,7 @@ func first(b []byte, typ uint16) []byte {
 	return nil
 }
 
-// clients implements kernel. What is missed is found the next time.
+// clients implements kernel.
 func (k *nfKernel) clients(ctx context.Context, got func(client)) error {
 	err := k.listElements(ctx, setAffinity, func(c client, ok bool) error {
 		if ok {

@@ -182,8 +182,8 @@ type kernel interface {
 	// message takes.
 	room() int
 	size(m message) int
-	// clients lists what rules remember of clients; forget deletes such elements, those
-	// that are gone already included.
+	// clients lists what rules remember of clients, with gaps where that changes
+	// meanwhile; forget deletes such elements, those that are gone already included.
 	clients(ctx context.Context, got func(client)) error
 	forget(ctx context.Context, list []client) error
 	// counters lists the elements of a set that counts.
