@@ -89,6 +89,13 @@ func (s stale) all(p *plan.Plan) {
 	}
 }
 
+// none notes that nobody is behind a plan's frontends.
+func (s stale) none(p *plan.Plan) {
+	for i := range p.Frontends {
+		s[dialledAt(p, &p.Frontends[i])] = nil
+	}
+}
+
 // keeps says whether a client goes on being remembered. everything says that s has all
 // frontends, so that one that it does not have is gone.
 func (s stale) keeps(c client, everything bool) bool {
@@ -102,20 +109,29 @@ func (s stale) keeps(c client, everything bool) bool {
 	return allowed[c.to]
 }
 
-// forgetClients takes what the rules remember of clients whose endpoint is gone: they
-// get another one with their next connection.
+// forgetTries is how often clients are listed at the most, to forget some. A list has
+// gaps when clients time out meanwhile: it goes on behind as many as it has had.
+const forgetTries = 4
+
+// forgetClients takes what the rules remember of clients whose endpoint is gone, until a
+// list has none of them: they get another one with their next connection.
 func (x *Proxier) forgetClients(ctx context.Context, s stale, everything bool) error {
 	if len(s) == 0 && !everything {
 		return nil
 	}
-	var gone []client
-	err := x.kernel.clients(ctx, func(c client) {
-		if !s.keeps(c, everything) {
-			gone = append(gone, c)
+	for range forgetTries {
+		var gone []client
+		err := x.kernel.clients(ctx, func(c client) {
+			if !s.keeps(c, everything) {
+				gone = append(gone, c)
+			}
+		})
+		if err != nil || len(gone) == 0 {
+			return err
 		}
-	})
-	if err != nil || len(gone) == 0 {
-		return err
+		if err := x.kernel.forget(ctx, gone); err != nil {
+			return err
+		}
 	}
-	return x.kernel.forget(ctx, gone)
+	return nil
 }

@@ -90,6 +90,7 @@ func (x *Proxier) sweep(ctx context.Context) error {
 	case err == nil:
 		for _, name := range names {
 			delete(x.ledger.idle, name)
+			delete(x.ledger.found, name)
 		}
 	case errors.As(err, &back) && ctx.Err() == nil:
 		x.o.Refused(true)

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-proxy/sluice/proxier/internal/nlbatch"
 )
 
 // fakeKernel keeps a table in memory by the kernel's rules: a transaction takes
@@ -65,7 +67,7 @@ func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, 
 	if f.failing() {
 		return nil, errFake
 	}
-	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}}
+	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}, heads: map[chainName]uint64{}}
 	if f.table == nil {
 		return a, nil
 	}
@@ -79,7 +81,7 @@ func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, 
 		}
 	}
 	for name, ch := range f.table.chains {
-		a.chains[name] = ch.digestOf()
+		a.chains[name], a.heads[name] = ch.digestOf(), ch.head()
 	}
 	return a, nil
 }
@@ -87,6 +89,13 @@ func (f *fakeKernel) read(_ context.Context, got func(element) error) (*actual, 
 func (f *fakeKernel) commit(_ context.Context, t []message) error {
 	if f.failing() {
 		return errFake
+	}
+	size := 0
+	for _, m := range t {
+		size += f.size(m)
+	}
+	if size > max(f.room(), 900*70) { // what must be in one transaction goes there in any case
+		return &rolledBack{err: nlbatch.ErrTooLarge}
 	}
 	f.commits++
 	next := &fakeTable{sets: map[setID]map[key]value{}, chains: map[chainName]chain{}}
@@ -225,7 +234,7 @@ func (f *fakeKernel) change(t *fakeTable, m message) error {
 		if m.set == setSources {
 			for other := range set {
 				if other.addr == e.addr && other.port == e.port && other.protocol == e.protocol && other != e.key && other.source.Overlaps(e.source) {
-					return unix.ENOTEMPTY
+					return unix.EEXIST
 				}
 			}
 		}
@@ -238,7 +247,7 @@ func (f *fakeKernel) room() int {
 	if f.most > 0 {
 		return f.most
 	}
-	return 1 << 20
+	return 6 << 20
 }
 
 func (f *fakeKernel) size(m message) int { return 50 + 70*len(m.elements) }

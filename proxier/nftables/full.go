@@ -2,9 +2,11 @@ package nftables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"maps"
+	"net/netip"
 	"slices"
 
 	"github.com/sluice-proxy/sluice/pkg/plan"
@@ -55,9 +57,12 @@ type full struct {
 	wanted []uint64 // hashes of elements, sorted: keeping the elements takes ten times as much
 	seen   []bool   // which of them are there
 	stale  map[key]element
-	chains []chainSpec
-	ledger ledger
-	census census
+	// staleRanges are the ranges among the stale, by frontend: a range can be put only
+	// when those that overlap it are gone.
+	staleRanges map[key][]element
+	chains      []chainSpec
+	ledger      ledger
+	census      census
 	// clients are the frontends with affinity, and who may be behind them.
 	clients stale
 
@@ -70,7 +75,7 @@ type full struct {
 
 // compareAll reads what is there and holds it against what is wanted.
 func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*plan.Plan) bool) (*full, error) {
-	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
+	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, staleRanges: map[key][]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
 	f.collect()
 	x.kernel.disturbed() // what happened before now is seen now
 	var err error
@@ -79,6 +84,10 @@ func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*pla
 			f.seen[i] = true
 		} else {
 			f.stale[e.key] = e
+			if e.set == setSources {
+				at := frontendOf(e.key)
+				f.staleRanges[at] = append(f.staleRanges[at], e)
+			}
 		}
 		return nil
 	})
@@ -156,7 +165,10 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 		return err
 	}
 	for _, name := range rest {
-		x.ledger.idle[name] = x.now()
+		x.ledger.idle[name], x.ledger.found[name] = x.now(), true
+	}
+	if err := f.removeExtra(ctx, rest); err != nil {
+		return err
 	}
 	if f.partial {
 		return nil
@@ -169,14 +181,14 @@ func (x *Proxier) writeAll(ctx context.Context, f *full) error {
 // transaction.
 func (f *full) structure(ctx context.Context) error {
 	var list []message
-	rebuild := len(f.have.extra) > 0
+	rebuild := false
 	for _, right := range f.have.sets {
 		rebuild = rebuild || !right
 	}
 	if rebuild {
 		list = append(list, message{what: deleteTable})
 		f.have = &actual{}
-		f.stale = map[key]element{}
+		f.stale, f.staleRanges = map[key]element{}, nil
 		clear(f.seen)
 	}
 	if !f.have.table {
@@ -203,15 +215,22 @@ func (f *full) structure(ctx context.Context) error {
 		f.head = list
 		return nil
 	}
-	return f.commitInOrder(ctx, list)
+	if err := f.commitInOrder(ctx, list); err != nil || !f.have.asleep {
+		return err
+	}
+	return f.x.commit(ctx, []message{{what: putTable}}) // the kernel wants that by itself
 }
 
 // write appends a chain if it is not as it should be.
 func (f *full) write(list []message, ch chain) []message {
-	if h, there := f.have.chains[ch.name]; there && h == ch.digestOf() {
+	h, there := f.have.chains[ch.name]
+	if there && h == ch.digestOf() {
 		return list
 	}
 	f.odd++
+	if there && f.have.heads[ch.name] != ch.head() {
+		list = append(list, message{what: flushChain, name: string(ch.name)}, message{what: deleteChain, name: string(ch.name)})
+	}
 	return append(list, message{what: writeChain, chain: ch})
 }
 
@@ -292,12 +311,28 @@ func (f *full) fill(g *group, list []element) {
 			continue
 		}
 		f.missing++
-		if old, ok := f.stale[e.key]; ok {
-			g.del = append(g.del, old)
-			delete(f.stale, e.key)
+		f.take(g, e.key)
+		if e.set == setSources {
+			for _, old := range f.staleRanges[frontendOf(e.key)] {
+				f.take(g, old.key)
+			}
 		}
 		g.put = append(g.put, e)
 	}
+}
+
+// take has a group delete what is stale at a key.
+func (f *full) take(g *group, k key) {
+	if old, ok := f.stale[k]; ok {
+		g.del = append(g.del, old)
+		delete(f.stale, k)
+	}
+}
+
+// frontendOf is a range's key without the range.
+func frontendOf(k key) key {
+	k.source = netip.Prefix{}
+	return k
 }
 
 // removeRefused sets refused plans aside, and takes away what they have in the kernel
@@ -306,6 +341,7 @@ func (f *full) removeRefused(ctx context.Context, refused []*group) error {
 	var back []*group
 	for _, g := range refused {
 		f.x.setAside(g.new, g.refused)
+		f.clients.none(g.new)
 		rs := f.x.compile(g.new, f.census)
 		lost := map[key]bool{}
 		for _, e := range g.put {
@@ -362,6 +398,28 @@ func (f *full) chainsToDelete() []chainName {
 	return out
 }
 
+// removeExtra deletes sets that we do not use, with the rules that used them: those
+// are in chains that nobody wants, since all others are as they should be by now. If
+// the kernel refuses, they harm nobody until somebody compares everything again.
+func (f *full) removeExtra(ctx context.Context, unwanted []chainName) error {
+	if len(f.have.extra) == 0 {
+		return nil
+	}
+	var list []message
+	for _, name := range unwanted {
+		list = append(list, message{what: flushChain, name: string(name)})
+	}
+	for _, name := range f.have.extra {
+		list = append(list, message{what: deleteSet, name: name})
+	}
+	err := f.x.kernel.commit(ctx, list)
+	if back := (*rolledBack)(nil); errors.As(err, &back) && ctx.Err() == nil {
+		f.x.o.Refused(true)
+		return nil
+	}
+	return err
+}
+
 // report tells of what somebody else had changed.
 func (f *full) report(x *Proxier) {
 	report := func(object string, n int) {
@@ -370,7 +428,7 @@ func (f *full) report(x *Proxier) {
 		}
 	}
 	switch {
-	case !f.have.table:
+	case !f.have.table, f.have.asleep:
 		report("table", 1)
 	default:
 		report("element", f.missing+len(f.stale))

@@ -107,7 +107,10 @@ func (k *nfKernel) commit(ctx context.Context, t []message) error {
 func (k *nfKernel) requests(m message) ([]request, error) {
 	switch m.what {
 	case putTable:
-		return []request{func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE) }}, nil
+		return []request{func(e *nlbatch.Encoder) {
+			k.begin(e, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE)
+			e.U32BE(unix.NFTA_TABLE_FLAGS, 0)
+		}}, nil
 	case deleteTable:
 		return []request{func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_DELTABLE, 0) }}, nil
 	case putSet:
@@ -314,6 +317,15 @@ func (d *digest) add(b []byte) {
 		d.h = (d.h ^ uint64(c)) * 1099511628211
 	}
 	d.h = (d.h ^ 0x100) * 1099511628211
+}
+
+// head is the digest of how a chain should be entered, which the kernel does not
+// change in a chain that is there.
+func (c chain) head() uint64 {
+	if c.hook == nil {
+		return newDigest("", 0, 0, 0).h
+	}
+	return newDigest(c.hook.typ, c.hook.number, c.hook.priority, 0).h
 }
 
 // digestOf is the digest of a chain as it should be.

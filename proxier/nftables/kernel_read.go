@@ -27,13 +27,12 @@ func (k *nfKernel) dump(ctx context.Context, typ uint16, got func(body []byte) e
 // read implements kernel. It starts over while others write.
 func (k *nfKernel) read(ctx context.Context, got func(element) error) (*actual, error) {
 	a := &actual{sets: map[setID]bool{}, chains: map[chainName]uint64{}}
-	if there, err := k.there(ctx); err != nil || !there {
+	var err error
+	if a.table, a.asleep, err = k.state(ctx); err != nil || !a.table {
 		return a, err
 	}
-	a.table = true
-	var err error
 	for range readTries {
-		a.sets, a.extra, a.chains = map[setID]bool{}, nil, map[chainName]uint64{}
+		a.sets, a.extra, a.chains, a.heads = map[setID]bool{}, nil, map[chainName]uint64{}, map[chainName]uint64{}
 		if err = k.readStructure(ctx, a); !errors.Is(err, nlbatch.ErrInterrupted) {
 			break
 		}
@@ -54,14 +53,29 @@ func (k *nfKernel) read(ctx context.Context, got func(element) error) (*actual, 
 
 // there implements kernel.
 func (k *nfKernel) there(ctx context.Context) (bool, error) {
-	err := k.conn.Query(ctx, func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_GETTABLE, 0) }, func([]byte) error { return nil })
+	there, _, err := k.state(ctx)
+	return there, err
+}
+
+// tableDormant is NFT_TABLE_F_DORMANT: no chain of the table is entered.
+const tableDormant = 1
+
+// state says whether there is a table of ours, and whether it is dormant.
+func (k *nfKernel) state(ctx context.Context) (there, asleep bool, err error) {
+	err = k.conn.Query(ctx, func(e *nlbatch.Encoder) { k.begin(e, unix.NFT_MSG_GETTABLE, 0) }, func(b []byte) error {
+		if len(b) >= headerSize {
+			flags := first(b[headerSize:], unix.NFTA_TABLE_FLAGS)
+			asleep = len(flags) == 4 && binary.BigEndian.Uint32(flags)&tableDormant != 0
+		}
+		return nil
+	})
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return false, nil
+		return false, false, nil
 	case err != nil:
-		return false, fmt.Errorf("look for table %s: %w", k.table, err)
+		return false, false, fmt.Errorf("look for table %s: %w", k.table, err)
 	}
-	return true, nil
+	return true, asleep, nil
 }
 
 func (k *nfKernel) readStructure(ctx context.Context, a *actual) error {
@@ -70,8 +84,8 @@ func (k *nfKernel) readStructure(ctx context.Context, a *actual) error {
 	}
 	digests := map[chainName]*digest{}
 	if err := k.dump(ctx, unix.NFT_MSG_GETCHAIN, func(b []byte) error {
-		if name, d, ours := k.readChain(b); ours {
-			digests[name] = d
+		if name, d, head, ours := k.readChain(b); ours {
+			digests[name], a.heads[name] = d, head
 		}
 		return nil
 	}); err != nil {
@@ -110,7 +124,7 @@ func (k *nfKernel) baseChains(ctx context.Context) (names []string, err error) {
 	return names, nil
 }
 
-func (k *nfKernel) readChain(b []byte) (chainName, *digest, bool) {
+func (k *nfKernel) readChain(b []byte) (_ chainName, _ *digest, head uint64, ours bool) {
 	var table, name, typ string
 	var number, policy uint32
 	var priority int32
@@ -135,13 +149,13 @@ func (k *nfKernel) readChain(b []byte) (chainName, *digest, bool) {
 			}
 		}
 	}
-	return chainName(name), newDigest(typ, number, priority, policy), table == k.table
+	return chainName(name), newDigest(typ, number, priority, policy), newDigest(typ, number, priority, 0).h, table == k.table
 }
 
 // readSpec notes a set, and whether it is as we make it.
 func (k *nfKernel) readSpec(b []byte, a *actual) {
 	var table, name string
-	var flags, keyLen, dataLen uint32
+	var flags, keyType, dataType, keyLen, dataLen uint32
 	for t, v := range nlbatch.Attributes(b) {
 		switch t {
 		case attrTable:
@@ -150,19 +164,24 @@ func (k *nfKernel) readSpec(b []byte, a *actual) {
 			name = nlbatch.Text(v)
 		case unix.NFTA_SET_FLAGS:
 			flags = binary.BigEndian.Uint32(v)
+		case unix.NFTA_SET_KEY_TYPE:
+			keyType = binary.BigEndian.Uint32(v)
+		case unix.NFTA_SET_DATA_TYPE:
+			dataType = binary.BigEndian.Uint32(v)
 		case unix.NFTA_SET_KEY_LEN:
 			keyLen = binary.BigEndian.Uint32(v)
 		case unix.NFTA_SET_DATA_LEN:
 			dataLen = binary.BigEndian.Uint32(v)
 		}
 	}
-	if table != k.table {
+	if table != k.table || flags&unix.NFT_SET_ANONYMOUS != 0 { // such a set is a part of a rule
 		return
 	}
 	for set, spec := range setSpecs {
 		if spec.name == name {
 			// Some kernels say only later that a set is one of concatenated ranges.
 			a.sets[setID(set)] = flags&^setConcat == spec.flags()&^setConcat &&
+				keyType == datatype(spec.key, k.family) && dataType == datatype(spec.value, k.family) &&
 				int(keyLen) == length(spec.key, k.family) &&
 				(int(dataLen) == length(spec.value, k.family) || spec.value == nil || spec.value[0] == fieldVerdict)
 			return
@@ -265,7 +284,7 @@ func first(b []byte, typ uint16) []byte {
 	return nil
 }
 
-// clients implements kernel. What is missed is found the next time.
+// clients implements kernel.
 func (k *nfKernel) clients(ctx context.Context, got func(client)) error {
 	err := k.listElements(ctx, setAffinity, func(c client, ok bool) error {
 		if ok {

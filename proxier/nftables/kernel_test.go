@@ -80,7 +80,7 @@ func kernelText(t *testing.T, k *nfKernel, set *plan.Set, o Options) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !have.table {
+	if !have.table || have.asleep {
 		return "no table\n"
 	}
 	c := newCompiler(&o)
@@ -337,6 +337,7 @@ func TestDrift(t *testing.T) {
 			"foreign rule":    "insert rule " + fam + " sluice nat-prerouting accept",
 			"foreign chain":   "add chain " + fam + " sluice mine",
 			"base chain":      "delete chain " + fam + " sluice nat-output",
+			"asleep":          "add table " + fam + " sluice { flags dormant; }",
 		} {
 			t.Run(fam+"/"+what, func(t *testing.T) { testDrift(t, f, cmd) })
 		}

@@ -11,18 +11,20 @@ import (
 type ledger struct {
 	shared map[key]int
 	chains map[chainSpec]int
-	// idle are chains that are there and that nobody needs, since when.
-	idle map[chainName]time.Time
+	// idle are chains that are there and that nobody needs, since when; found are those
+	// of them that this process has not written, so that who knows what they do.
+	idle  map[chainName]time.Time
+	found map[chainName]bool
 }
 
 func newLedger() ledger {
-	return ledger{map[key]int{}, map[chainSpec]int{}, map[chainName]time.Time{}}
+	return ledger{map[key]int{}, map[chainSpec]int{}, map[chainName]time.Time{}, map[chainName]bool{}}
 }
 
-// has says whether a chain is there.
+// has says whether a chain is there, and as it should be.
 func (l *ledger) has(s chainSpec) bool {
 	_, idle := l.idle[s.name()]
-	return idle || l.chains[s] > 0
+	return idle && !l.found[s.name()] || l.chains[s] > 0
 }
 
 // hold counts one more that needs what a ruleset shares; release one less. Elements
@@ -97,7 +99,8 @@ func (g *group) messages() []message {
 
 // stages cut a group that is too large for one transaction, so that each moment
 // between them is safe: endpoints come before the verdict that counts them, and go
-// after it.
+// after it. Ranges of clients change in one transaction: the kernel refuses those
+// that overlap, and nobody is to be locked out meanwhile.
 func (g *group) stages() [][]message {
 	replaced, taken := map[key]element{}, map[key]bool{}
 	for _, e := range g.del {
@@ -118,14 +121,26 @@ func (g *group) stages() [][]message {
 			list = list[n:]
 		}
 	}
+	var ranges, rangesGone []element
 	for _, e := range g.put {
-		if e.then != "" {
+		switch {
+		case e.then != "":
 			verdicts = append(verdicts, e)
-		} else {
+		case e.set == setSources:
+			ranges = append(ranges, e)
+		default:
 			fresh = append(fresh, e)
 		}
 	}
+	for _, e := range g.del {
+		if e.set == setSources && len(ranges) > 0 {
+			rangesGone, taken[e.key] = append(rangesGone, e), true
+		}
+	}
 	pair(fresh)
+	if len(ranges) > 0 {
+		out = append(out, append(pack(deleteElements, rangesGone), pack(putElements, ranges)...))
+	}
 	pair(verdicts)
 	for _, e := range g.del {
 		if !taken[e.key] {

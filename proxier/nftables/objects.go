@@ -96,9 +96,11 @@ type client struct {
 // actual is what the kernel has of ours.
 type actual struct {
 	table  bool
+	asleep bool                 // the table is dormant: it has all, and does nothing
 	sets   map[setID]bool       // as they should be; false: there, but different
-	extra  []string             // sets of names that we do not use
+	extra  []string             // sets with names that we do not use, but for those of single rules
 	chains map[chainName]uint64 // with the digest of their content
+	heads  map[chainName]uint64 // with the digest of how they are entered
 }
 
 // message is one request of a transaction.
@@ -180,8 +182,8 @@ type kernel interface {
 	// message takes.
 	room() int
 	size(m message) int
-	// clients lists what rules remember of clients; forget deletes such elements, those
-	// that are gone already included.
+	// clients lists what rules remember of clients, with gaps where that changes
+	// meanwhile; forget deletes such elements, those that are gone already included.
 	clients(ctx context.Context, got func(client)) error
 	forget(ctx context.Context, list []client) error
 	// counters lists the elements of a set that counts.

@@ -174,6 +174,7 @@ func (x *Proxier) prepare(ctx context.Context, want *plan.Set, groups []*group) 
 	}
 	for _, s := range fresh {
 		x.ledger.idle[s.name()] = x.now()
+		delete(x.ledger.found, s.name())
 	}
 	return nil
 }

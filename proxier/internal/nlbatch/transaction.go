@@ -20,8 +20,8 @@ const (
 var ErrTooLarge = errors.New("larger than the socket's send buffer")
 
 // Rolled says that a transaction had no effect. Refused are the messages that the
-// kernel found wrong, by index; it goes through all of them before it gives up.
-// Where it names none, the transaction failed as a whole.
+// kernel found wrong, by index; it goes through all of them before it gives up, and
+// the socket has room for the first thousands. Where it names none, the transaction failed as a whole.
 type Rolled struct {
 	Refused map[int]error
 	Err     error // the first of them, or what was wrong with the whole
@@ -77,7 +77,9 @@ func (c *Conn) bracket(typ, subsystem uint16) (seq uint32) {
 }
 
 // outcome reads what the kernel has to say of the transaction between two sequence
-// numbers. All of it is there when the send returns.
+// numbers, which may begin again at 0 between them. All of it is there when the send
+// returns. Where the socket had no room for all, some message was refused: of success
+// there is one word only.
 func (c *Conn) outcome(begin, last uint32) error {
 	rolled := &Rolled{}
 	answered := false
@@ -86,11 +88,16 @@ func (c *Conn) outcome(begin, last uint32) error {
 		if errors.Is(err, unix.EAGAIN) && rolled.Err != nil {
 			break
 		}
+		if errors.Is(err, unix.ENOBUFS) {
+			rolled.Err = err
+			continue
+		}
 		if err != nil {
 			return err
 		}
 		for h, body := range messages(data) {
-			if h.typ != unix.NLMSG_ERROR || h.seq < begin || h.seq > last+1 {
+			n := h.seq - begin
+			if h.typ != unix.NLMSG_ERROR || n > last+1-begin {
 				continue
 			}
 			answered = answered || h.seq == last
@@ -98,14 +105,14 @@ func (c *Conn) outcome(begin, last uint32) error {
 			if err == nil {
 				continue
 			}
-			if rolled.Err == nil {
+			if rolled.Err == nil || errors.Is(rolled.Err, unix.ENOBUFS) {
 				rolled.Err = err
 			}
-			if h.seq > begin && h.seq <= last {
+			if n > 0 && n <= last-begin {
 				if rolled.Refused == nil {
 					rolled.Refused = map[int]error{}
 				}
-				rolled.Refused[int(h.seq-begin)-1] = err
+				rolled.Refused[int(n)-1] = err
 			}
 		}
 	}
