@@ -26,11 +26,11 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 	if x.applied == nil {
 		return false, nil
 	}
-	if x.anyDue() {
+	if x.aside.Due(x.now()) {
 		if err := x.syncChanges(ctx, x.applied); err != nil {
 			return false, err
 		}
-		x.takeBack()
+		x.aside.TakeBack(nil)
 	}
 	if err := x.sweep(ctx); err != nil {
 		return false, err
@@ -53,16 +53,6 @@ func (x *Proxier) affords() bool {
 	x.spent = max(0, x.spent-now.Sub(x.reckoned)/checkShare)
 	x.reckoned = now
 	return x.spent < checkCredit
-}
-
-// anyDue says whether a plan that was set aside is due for another try.
-func (x *Proxier) anyDue() bool {
-	for _, a := range x.aside {
-		if x.now().Sub(a.since) >= a.wait {
-			return true
-		}
-	}
-	return false
 }
 
 // sweep deletes chains that nobody has needed for some time. A kernel that says that

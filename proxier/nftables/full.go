@@ -15,8 +15,8 @@ import (
 // syncAll reads the table and writes what differs from want, the important Services
 // first.
 func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
-	x.readmit(want)
-	f, err := x.compareAll(ctx, want, x.keep)
+	x.aside.Try(want, x.now())
+	f, err := x.compareAll(ctx, want, x.aside.Keep)
 	if err != nil {
 		return err
 	}

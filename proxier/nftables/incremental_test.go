@@ -15,6 +15,7 @@ import (
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
+	"github.com/sluice-proxy/sluice/proxier/internal/aside"
 	"github.com/sluice-proxy/sluice/test/history"
 )
 
@@ -278,7 +279,7 @@ func refuseSome(t *testing.T, mute bool) {
 	}
 	// The kernel has changed its mind: they are tried again, in time.
 	k.refuse = nil
-	*now = now.Add(retryAsideMost)
+	*now = now.Add(aside.RetryMost)
 	if _, err := x.Check(context.Background(), false); err != nil {
 		t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/plan"
 	"github.com/sluice-proxy/sluice/proxier"
+	"github.com/sluice-proxy/sluice/proxier/internal/aside"
 )
 
 // Options are a proxier's settings. They do not change in its life.
@@ -26,13 +27,6 @@ type Options struct {
 	Refused func(cleanup bool)
 }
 
-// A Service port that the kernel refused is tried again, unchanged, after
-// retryAside, then after twice that, and so on.
-const (
-	retryAside     = time.Minute
-	retryAsideMost = time.Hour
-)
-
 // Proxier is the nftables proxier of one family.
 type Proxier struct {
 	o      Options
@@ -45,8 +39,7 @@ type Proxier struct {
 	applied *plan.Set
 	ledger  ledger
 	census  census
-	aside   map[model.PortKey]aside
-	told    map[model.PortKey]bool // refusals that have been reported and not taken back
+	aside   *aside.Plans
 
 	alarm chan struct{} // capacity 1
 
@@ -54,14 +47,6 @@ type Proxier struct {
 	// spent is what repairs have cost lately, as of reckoned.
 	spent    time.Duration
 	reckoned time.Time
-}
-
-// aside is a plan that the kernel refused.
-type aside struct {
-	plan   *plan.Plan
-	since  time.Time
-	wait   time.Duration
-	trying bool // it is being tried again
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -87,7 +72,7 @@ func newProxier(o Options, k kernel) *Proxier {
 		o.Refused = func(bool) {}
 	}
 	return &Proxier{o: o, c: newCompiler(&o), kernel: k, now: time.Now, ledger: newLedger(),
-		aside: map[model.PortKey]aside{}, told: map[model.PortKey]bool{}, alarm: make(chan struct{}, 1)}
+		aside: aside.New(o.Report.SetAside), alarm: make(chan struct{}, 1)}
 }
 
 // Follow hears what the kernel tells of changes by others, until ctx ends. It may run
@@ -123,7 +108,7 @@ func (x *Proxier) Forget() {
 func (x *Proxier) Sync(ctx context.Context, want *plan.Set) error {
 	err := x.sync(ctx, want)
 	if err == nil {
-		x.takeBack()
+		x.aside.TakeBack(nil)
 	}
 	return err
 }
@@ -140,64 +125,16 @@ func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
 	return x.syncAll(ctx, want)
 }
 
-// takeBack reports refusals that do not hold any more.
-func (x *Proxier) takeBack() {
-	for key := range x.told {
-		if _, still := x.aside[key]; !still {
-			delete(x.told, key)
-			x.o.Report.SetAside(key, nil)
-		}
-	}
-}
-
-// keep leaves out plans that were set aside and are not tried again.
-func (x *Proxier) keep(p *plan.Plan) bool {
-	a, ok := x.aside[p.PortKey]
-	return !ok || a.plan != p || a.trying
-}
-
-// inForce says whether a plan of the applied Set is in the kernel.
-func (x *Proxier) inForce(p *plan.Plan) bool {
-	a, ok := x.aside[p.PortKey]
-	return !ok || a.plan != p
-}
-
-// readmit has plans that were set aside tried again when that is due, and forgets
-// those that are gone or different now. It returns the former.
-func (x *Proxier) readmit(want *plan.Set) []*plan.Plan {
-	var again []*plan.Plan
-	for key, a := range x.aside {
-		switch p := want.Get(key); {
-		case p != a.plan:
-			// Whoever compares with the applied Set must still know that this one is
-			// not in the kernel: it goes when the round is over.
-		case x.now().Sub(a.since) >= a.wait:
-			a.trying = true
-			x.aside[key] = a
-			again = append(again, p)
-		}
-	}
-	return again
-}
-
 // setAside notes that the kernel refused a plan.
 func (x *Proxier) setAside(p *plan.Plan, err error) {
-	wait := retryAside
-	if a, ok := x.aside[p.PortKey]; ok && a.plan == p {
-		wait = min(2*a.wait, retryAsideMost)
-	}
-	x.aside[p.PortKey] = aside{plan: p, since: x.now(), wait: wait}
-	x.told[p.PortKey] = true
-	x.o.Report.SetAside(p.PortKey, fmt.Errorf("the kernel refuses it: %w", err))
+	x.aside.Refuse(p, fmt.Errorf("the kernel refuses it: %w", err), x.now())
 }
 
-// settleAside drops refusals that do not hold any more after a round for want.
+// settleAside drops refusals that do not hold any more after a round for want. Before
+// its end, whoever compares with the applied Set must know what is not in the kernel.
 func (x *Proxier) settleAside(want *plan.Set) {
-	for key, a := range x.aside {
-		if a.trying || want.Get(key) != a.plan {
-			delete(x.aside, key)
-		}
-	}
+	x.aside.Settle()
+	x.aside.Leave(want)
 }
 
 // believedWrong says whether an error shows that the kernel does not have what we

@@ -40,7 +40,7 @@ func (x *Proxier) syncChanges(ctx context.Context, want *plan.Set) error {
 
 // changes gives a group for every plan that changes, or is tried again.
 func (x *Proxier) changes(want *plan.Set) ([]*group, census) {
-	again := x.readmit(want)
+	again := x.aside.Try(want, x.now())
 	var come, gone []model.PortKey
 	plan.Changes(x.applied, want, func(old, new *plan.Plan) bool {
 		switch {
@@ -55,10 +55,10 @@ func (x *Proxier) changes(want *plan.Set) ([]*group, census) {
 	var groups []*group
 	add := func(old, new *plan.Plan) {
 		g := &group{}
-		if old != nil && x.inForce(old) {
+		if old != nil && !x.aside.Has(old) {
 			g.old, g.was = old, x.compile(old, x.census)
 		}
-		if new != nil && x.keep(new) {
+		if new != nil && x.aside.Keep(new) {
 			g.new, g.is = new, x.compile(new, next)
 		}
 		if g.old != nil || g.new != nil {
@@ -67,7 +67,7 @@ func (x *Proxier) changes(want *plan.Set) ([]*group, census) {
 	}
 	plan.Changes(x.applied, want, func(old, new *plan.Plan) bool { add(old, new); return true })
 	for _, k := range crossed {
-		if p := want.Get(k); p != nil && p == x.applied.Get(k) && x.inForce(p) {
+		if p := want.Get(k); p != nil && p == x.applied.Get(k) && !x.aside.Has(p) {
 			add(p, p)
 		}
 	}
