@@ -1,6 +1,7 @@
 package nftables
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -144,10 +145,13 @@ func (rs *ruleset) hairpins(p *plan.Plan, used uses) {
 // disjoint leaves out ranges that others contain: the kernel refuses elements of a
 // set of ranges that overlap.
 func disjoint(list []netip.Prefix) []netip.Prefix {
-	var out []netip.Prefix
-	for i, r := range list {
-		contained := func(o netip.Prefix) bool { return o.Bits() < r.Bits() && o.Contains(r.Addr()) }
-		if !slices.ContainsFunc(list, contained) && !slices.Contains(list[:i], r) {
+	sorted := slices.Clone(list)
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Masked().Addr().Compare(b.Masked().Addr()), a.Bits()-b.Bits())
+	})
+	out := sorted[:0]
+	for _, r := range sorted { // one that contains others comes right before them
+		if len(out) == 0 || !out[len(out)-1].Contains(r.Addr()) {
 			out = append(out, r)
 		}
 	}

@@ -120,9 +120,10 @@ func endpointsOf(port, local bool) setID {
 }
 
 // mostClients bounds the map of affinity: a flood of clients, or of forged
-// addresses, must not take all memory. Clients beyond it are served, but not
-// remembered.
-const mostClients = 1 << 18
+// addresses, must take neither all memory nor, when an endpoint goes and the map is
+// listed, the time of others: the kernel's lists take time with the square of their
+// length, 0.3 s for so many. Clients beyond it are served, but not remembered.
+const mostClients = 1 << 16
 
 // Names of chains that are always there.
 const (

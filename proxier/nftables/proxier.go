@@ -59,6 +59,7 @@ func New(o Options) (*Proxier, error) {
 		return nil, err
 	}
 	if err := k.listen(); err != nil {
+		_ = k.conn.Close()
 		return nil, err
 	}
 	return newProxier(o, k), nil

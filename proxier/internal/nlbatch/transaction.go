@@ -15,6 +15,13 @@ const (
 	batchEnd   = unix.NFNL_MSG_BATCH_END
 )
 
+// A buffer larger than keepBytes is given back when a transaction of few messages
+// comes: after a start the next large one may never come.
+const (
+	keepBytes    = 256 << 10
+	keepMessages = 16
+)
+
 // ErrTooLarge says that a transaction does not fit the socket's send buffer: the
 // kernel takes one only as a whole, in one packet.
 var ErrTooLarge = errors.New("larger than the socket's send buffer")
@@ -42,7 +49,9 @@ func (c *Conn) Transaction(ctx context.Context, subsystem uint16, n int, write f
 		return &Rolled{Err: err}
 	}
 	e := &c.encode
-	e.buf = e.buf[:0]
+	if e.buf = e.buf[:0]; cap(e.buf) > keepBytes && n < keepMessages {
+		e.buf = nil // a large one was needed once
+	}
 	begin := c.bracket(batchBegin, subsystem)
 	for i := range n {
 		c.seq++
