@@ -57,7 +57,7 @@ type API struct {
 // an error only if it cannot start. An API server out of reach is no error: Run
 // tries again, waiting up to 10 s between tries, and the store keeps what it
 // has. The store is marked synced when the first complete lists of Services and
-// EndpointSlices are in.
+// EndpointSlices are in, and the own Node, unless the server does not let us read it.
 func (a *API) Run(ctx context.Context) error {
 	cl, err := newClients(a.Config)
 	if err != nil {
@@ -77,10 +77,16 @@ func (a *API) Run(ctx context.Context) error {
 	all := a.sources(cl, conv)
 	for _, s := range all {
 		s.conn, s.report, s.noWatchList = conn, rep, a.NoWatchList
-		wg.Go(func() { s.keepListing(ctx, s.reflector(ctx, events)) })
+		wg.Go(func() { s.keepListing(ctx, s.reflector(ctx, events), events) })
 	}
 	wg.Go(func() { a.early(ctx, all, events) })
-	wg.Go(func() { newWriter(a.Store, stats).run(ctx, events) })
+	w := newWriter(a.Store, stats)
+	if a.NodeName != "" {
+		// Where node ports are can depend on the Node: who starts without it would take
+		// them away for a moment.
+		w.awaits = append(w.awaits, nodes)
+	}
+	wg.Go(func() { w.run(ctx, events) })
 	wg.Wait()
 	return nil
 }
@@ -135,7 +141,7 @@ const steady = 15 * time.Second
 // takes the pause that the time without an API server has led up to; but an API
 // server that is back first says that the history has expired (its watch cache
 // is new), and what is needed then is a list at once.
-func (s *source) keepListing(ctx context.Context, r *cache.Reflector) {
+func (s *source) keepListing(ctx context.Context, r *cache.Reflector, events chan<- event) {
 	short, long := backoff, patience
 	for ctx.Err() == nil {
 		start := time.Now()
@@ -145,6 +151,13 @@ func (s *source) keepListing(ctx context.Context, r *cache.Reflector) {
 		}
 		if time.Since(start) > steady {
 			short = backoff
+		}
+		// Nobody must wait for what does not come.
+		if s.kind == nodes && apierrors.IsForbidden(err) {
+			select {
+			case events <- event{kind: s.kind, denied: true}:
+			case <-ctx.Done():
+			}
 		}
 		pause := &short
 		if s.withheld(err) {

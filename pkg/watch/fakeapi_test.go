@@ -51,6 +51,7 @@ type fakeAPI struct {
 	twice     bool                      // sends every watch event twice
 	hold      chan struct{}             // if not nil, requests for all namespaces wait until it is closed
 	withhold  func(http.ResponseWriter) // if not nil, answers for ServiceCIDRs
+	nodeless  bool                      // Nodes are forbidden
 	requests  []string
 }
 
@@ -154,7 +155,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	resource := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
 	f.mu.Lock()
 	f.requests = append(f.requests, r.URL.String())
-	streaming, oldFields, hold, withhold := f.streaming, f.oldFields, f.hold, f.withhold
+	streaming, oldFields, hold, withhold, nodeless := f.streaming, f.oldFields, f.hold, f.withhold, f.nodeless
 	f.mu.Unlock()
 	_, namespace, _ := strings.Cut(r.URL.Path, "/namespaces/")
 	namespace, _, _ = strings.Cut(namespace, "/")
@@ -164,6 +165,9 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	fieldSelector := q.Get("fieldSelector")
 	switch {
+	case nodeless && resource == "nodes":
+		fail(w, http.StatusForbidden, metav1.StatusReasonForbidden, "nodes is forbidden")
+		return
 	case withhold != nil && resource == "servicecidrs":
 		withhold(w)
 		return

@@ -63,6 +63,18 @@ func TestAPIDoesNotAskForServiceCIDRs(t *testing.T) {
 	}
 }
 
+// TestAPIForbiddenNode: who may not read the own Node has to do without it.
+func TestAPIForbiddenNode(t *testing.T) {
+	f := newFakeAPI(t)
+	f.nodeless = true
+	f.set("services", apiService("web", "10.96.0.1"))
+	store, _ := follow(t, f, nil)
+	sees(t, store, "web: [10.96.0.1]")
+	if f.asked("nodes") == 0 || store.Current().Node() != nil {
+		t.Errorf("asked %d times for the Node; it is %v", f.asked("nodes"), store.Current().Node())
+	}
+}
+
 // TestAPIWithheldServiceCIDRs: a server without ServiceCIDRs, or that does not let
 // us read them, serves everything else, is not out of reach, and is told of once;
 // what it gives later is taken.
@@ -165,7 +177,7 @@ func TestWithheldKindsAreAskedForSeldom(t *testing.T) {
 		s.conn, s.report, s.noWatchList = &connectionState{log: log, stats: stats, now: time.Now}, &reporter{log: log, stats: stats}, true
 		ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logr.Discard()))
 		done := make(chan struct{})
-		go func() { defer close(done); s.keepListing(ctx, s.reflector(ctx, make(chan event))) }()
+		go func() { defer close(done); s.keepListing(ctx, s.reflector(ctx, make(chan event)), nil) }()
 		pass := func(d time.Duration) int64 {
 			before := asked.Load()
 			time.Sleep(d) // the bubble's time

@@ -2,6 +2,7 @@ package watch
 
 import (
 	"context"
+	"slices"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
 	"github.com/sluice-proxy/sluice/pkg/state"
@@ -56,6 +57,7 @@ type event struct {
 	kind   kind
 	early  bool    // read ahead of the complete list; without record: that was all
 	gone   bool    // the object of record was deleted
+	denied bool    // the server does not let us read this kind
 	record *record // nil: all is the complete list of this kind
 	all    []*record
 }
@@ -78,10 +80,11 @@ type writer struct {
 	known  [kinds]map[key]uint64 // what the store has, by version
 	gone   [kinds]map[key]uint64 // recent deletions, by version
 	listed [kinds]bool
+	awaits []kind // without these there is no complete picture
 }
 
 func newWriter(store *state.Store, stats *Stats) *writer {
-	w := &writer{store: store, stats: stats}
+	w := &writer{store: store, stats: stats, awaits: []kind{services, endpointSlices}}
 	for k := range w.known {
 		w.known[k] = map[key]uint64{}
 		w.gone[k] = map[key]uint64{}
@@ -117,6 +120,9 @@ func (w *writer) drain(events <-chan event) {
 
 func (w *writer) apply(e event) {
 	switch {
+	case e.denied:
+		w.awaits = slices.DeleteFunc(w.awaits, func(k kind) bool { return k == e.kind })
+		w.settle()
 	case e.early && e.record == nil:
 		w.store.SetEarly()
 	case e.early && (w.listed[e.kind] || e.record.empty()):
@@ -155,9 +161,17 @@ func (w *writer) replace(k kind, all []*record) {
 	}
 	w.known[k] = present
 	w.listed[k] = true
-	if w.listed[services] && w.listed[endpointSlices] {
-		w.store.SetSynced()
+	w.settle()
+}
+
+// settle marks the store synced when all is there that must be.
+func (w *writer) settle() {
+	for _, k := range w.awaits {
+		if !w.listed[k] {
+			return
+		}
 	}
+	w.store.SetSynced()
 }
 
 func (w *writer) put(k kind, r *record) {

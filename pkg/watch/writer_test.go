@@ -177,6 +177,32 @@ func TestReplace(t *testing.T) {
 	}
 }
 
+// TestSyncedWithNode: the own Node is waited for where it is followed and may be
+// read; that there is none is an answer, too.
+func TestSyncedWithNode(t *testing.T) {
+	for name, last := range map[string]event{
+		"the Node":  {kind: nodes, all: []*record{{key: key{"", "me"}, version: 1, node: &model.Node{Name: "me"}}}},
+		"no Node":   {kind: nodes, all: []*record{}},
+		"forbidden": {kind: nodes, denied: true},
+	} {
+		store := state.NewStore()
+		w := newWriter(store, &Stats{})
+		w.awaits = append(w.awaits, nodes)
+		for _, e := range []event{{kind: services, all: []*record{}}, {kind: endpointSlices, all: []*record{}}} {
+			w.apply(e)
+			store.Publish()
+			if store.Current().Synced() {
+				t.Errorf("%s: synced before", name)
+			}
+		}
+		w.apply(last)
+		store.Publish()
+		if !store.Current().Synced() {
+			t.Errorf("%s: not synced", name)
+		}
+	}
+}
+
 // TestServiceCIDREvents: ServiceCIDRs take the way of all kinds, and the store is
 // synced with them or without.
 func TestServiceCIDREvents(t *testing.T) {

@@ -49,7 +49,8 @@ type static struct {
 }
 
 // base gives the static part. complete says that every Service is there: before that
-// an address of the cluster's that no Service has is no reason to refuse anybody.
+// a port or an address of the cluster's that no Service has is no reason to refuse
+// anybody. It may be among those that are still to come, and another mode serve it.
 func (c compiler) base(o *Options, facts *plan.Facts, complete bool) static {
 	s := static{chains: []chain{
 		{name: chainReject, rules: []rule{newRule(c.reject())}},
@@ -97,11 +98,9 @@ func nodePortAddresses(facts *plan.Facts) []netip.Addr {
 // nobody serves an address of the cluster is said before node ports: a ClusterIP can
 // be the node's own address as well, in ipvs mode's wake.
 func (c compiler) services(facts *plan.Facts, complete bool) []rule {
-	rules := []rule{
-		newRule(vmap(setServices, c.frontend()...)),
-		newRule(in(setClusterIPs, c.daddr()), goTo(chainReject)),
-	}
+	rules := []rule{newRule(vmap(setServices, c.frontend()...))}
 	if complete {
+		rules = append(rules, newRule(in(setClusterIPs, c.daddr()), goTo(chainReject)))
 		for _, cidr := range serviceCIDRs(facts) {
 			rules = append(rules, newRule(c.within(c.daddr(), cidr, false), goTo(chainReject)))
 		}
