@@ -80,7 +80,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	if err := a.refuseBesideAnother(ctx, cfg); err != nil {
 		return err
 	}
-	boundMemory()
+	boundMemory(false)
 	a.prepareProcess(cfg)
 	api, err := a.connect(cfg)
 	if err != nil {
@@ -130,12 +130,16 @@ func (a *agent) enterMode(ctx context.Context, cfg *config.Config) (*config.Conf
 	return cfg, nil
 }
 
-// boundMemory trades CPU for memory: what a large cluster's lists leave behind is
-// garbage soon, and an agent on every node should not keep room for as much
-// again. GOGC in the environment wins.
-func boundMemory() {
-	if os.Getenv("GOGC") == "" {
+// boundMemory trades CPU for memory: an agent on every node should not keep room for as
+// much garbage as it has use for memory. Before everything is served (started), time is
+// worth more: nodes wait for it. GOGC in the environment wins.
+func boundMemory(started bool) {
+	switch {
+	case os.Getenv("GOGC") != "":
+	case started:
 		runtimedebug.SetGCPercent(50)
+	default:
+		runtimedebug.SetGCPercent(100)
 	}
 }
 

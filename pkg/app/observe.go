@@ -59,6 +59,7 @@ func (o *observer) Synced(r reconcile.Result) {
 	}
 	if r.First {
 		// The first load leaves more garbage than all that follows.
+		boundMemory(true)
 		go runtimedebug.FreeOSMemory()
 	}
 	if o.first {

@@ -52,6 +52,9 @@ type full struct {
 	want *plan.Set
 	keep func(*plan.Plan) bool
 	have *actual
+	// there says that there was a table when it was looked for: if not, everything is
+	// missing, and no element needs to be compared.
+	there bool
 
 	seed   maphash.Seed
 	wanted []uint64 // hashes of elements, sorted: keeping the elements takes ten times as much
@@ -76,9 +79,16 @@ type full struct {
 // compareAll reads what is there and holds it against what is wanted.
 func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*plan.Plan) bool) (*full, error) {
 	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, staleRanges: map[key][]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
-	f.collect()
 	x.kernel.disturbed() // what happened before now is seen now
 	var err error
+	if f.there, err = x.kernel.there(ctx); err != nil {
+		return nil, err
+	}
+	f.collect()
+	if !f.there {
+		f.have = &actual{}
+		return f, nil
+	}
 	f.have, err = x.kernel.read(ctx, func(e element) error {
 		if i, ok := slices.BinarySearch(f.wanted, f.hash(e)); ok {
 			f.seen[i] = true
@@ -109,15 +119,22 @@ func (f *full) plans(yield func(*plan.Plan) bool) {
 
 // collect compiles everything once, for hashes, and for what plans share.
 func (f *full) collect() {
-	f.wanted = make([]uint64, 0, 2*f.want.Len()+f.want.Endpoints)
+	want := func(e element) {
+		if f.there {
+			f.wanted = append(f.wanted, f.hash(e))
+		}
+	}
+	if f.there {
+		f.wanted = make([]uint64, 0, 2*f.want.Len()+f.want.Endpoints)
+	}
 	for p := range f.plans {
 		rs := f.x.compile(p, f.census)
 		for _, e := range rs.elements {
-			f.wanted = append(f.wanted, f.hash(e))
+			want(e)
 		}
 		for _, e := range rs.shared {
 			if f.ledger.shared[e.key] == 0 {
-				f.wanted = append(f.wanted, f.hash(e))
+				want(e)
 			}
 		}
 		for _, s := range rs.chains {
@@ -131,7 +148,7 @@ func (f *full) collect() {
 		}
 	}
 	for _, e := range f.base(true).elements {
-		f.wanted = append(f.wanted, f.hash(e))
+		want(e)
 	}
 	slices.Sort(f.wanted)
 	f.wanted = slices.Compact(f.wanted)
@@ -142,6 +159,9 @@ func (f *full) base(complete bool) static { return f.x.c.base(&f.x.o, f.want.Fac
 
 // lacks says whether an element is missing.
 func (f *full) lacks(e element) bool {
+	if !f.there {
+		return true
+	}
 	i, _ := slices.BinarySearch(f.wanted, f.hash(e))
 	return !f.seen[i]
 }

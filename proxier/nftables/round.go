@@ -242,31 +242,38 @@ func (x *Proxier) remove(ctx context.Context, groups iter.Seq[*group]) error {
 }
 
 // run commits groups, as many in a transaction as most bytes hold, and returns those
-// that the kernel refused. fatal says which refusals are nobody's fault, but a sign that something
-// else is wrong: those end the round. It holds no more groups than one transaction's.
+// that the kernel refused. fatal says which refusals are nobody's fault, but a sign that
+// something else is wrong: those end the round. It holds no more groups than two
+// transactions': while the kernel is at one, the next is prepared.
 func (x *Proxier) run(ctx context.Context, groups iter.Seq[*group], most int, fatal func(error) bool) (refused []*group, err error) {
 	var batch []*group
 	size := 0
-	flush := func() error {
-		err := x.commitGroups(ctx, batch, fatal)
+	wait := func() error { return nil }
+	collect := func(batch []*group, err error) error {
 		for _, g := range batch {
 			if g.refused != nil {
 				refused = append(refused, g)
 			}
 		}
-		batch, size = nil, 0
 		return err
 	}
 	for g := range groups {
 		n := x.sizeOf(g.messages())
 		if size > 0 && size+n > min(most, x.kernel.room()) {
-			if err := flush(); err != nil {
+			if err := wait(); err != nil {
 				return refused, err
 			}
+			full, done := batch, make(chan error, 1)
+			go func() { done <- x.commitGroups(ctx, full, fatal) }()
+			wait = func() error { return collect(full, <-done) }
+			batch, size = nil, 0
 		}
 		batch, size = append(batch, g), size+n
 	}
-	return refused, flush()
+	if err := wait(); err != nil {
+		return refused, err
+	}
+	return refused, collect(batch, x.commitGroups(ctx, batch, fatal))
 }
 
 func (x *Proxier) sizeOf(list []message) int {
