@@ -299,13 +299,22 @@ func (f *fakeKernel) text() string {
 		}
 	}
 	for name, ch := range f.table.chains {
-		for i, r := range ch.rules {
-			lines = append(lines, fmt.Sprintf("chain %s %d %s", name, i, r.text))
-		}
-		if len(ch.rules) == 0 {
-			lines = append(lines, fmt.Sprintf("chain %s", name))
-		}
+		lines = append(lines, ch.lines(name)...)
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "\n") + "\n"
+}
+
+// lines are a chain's rules, those that follow each other and are the same once.
+func (ch chain) lines(name chainName) []string {
+	out := []string{fmt.Sprintf("chain %s", name)}
+	for i := 0; i < len(ch.rules); {
+		n := 1
+		for i+n < len(ch.rules) && ch.rules[i+n].text == ch.rules[i].text {
+			n++
+		}
+		out = append(out, fmt.Sprintf("chain %s %d %s, %d times", name, i, ch.rules[i].text, n))
+		i += n
+	}
+	return out
 }
