@@ -47,7 +47,7 @@ func inMachine(ctx context.Context, o options, stdout, stderr io.Writer) int {
 	if o.color {
 		color = "yes"
 	}
-	m := uml.Machine{Dir: filepath.Dir(o.agent), Env: []string{insideEnv + "=1", colorEnv + "=" + color}}
+	m := uml.Machine{Dir: filepath.Dir(o.agent), Readable: []string{o.manifests, o.extra}, Env: []string{insideEnv + "=1", colorEnv + "=" + color}}
 	ctx, cancel := context.WithTimeoutCause(ctx, o.limit+bootTime, fmt.Errorf("it took longer than %s", o.limit+bootTime))
 	defer cancel()
 	status, err := uml.Run(ctx, m, []string{o.self, "--agent=" + o.agent, "--manifests=" + o.manifests, "--extra=" + o.extra,
