@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -52,21 +51,6 @@ func freshKernel(t *testing.T, w *history.World, set *plan.Set, refuse func(op) 
 	return k
 }
 
-// insist syncs until it succeeds.
-func insist(t *testing.T, x *Proxier, set *plan.Set) {
-	t.Helper()
-	for tries := 0; ; tries++ {
-		err := x.Sync(context.Background(), set)
-		if err == nil {
-			return
-		}
-		if strings.Contains(err.Error(), "BUG") || tries > 10000 {
-			t.Fatal(err)
-		}
-		x.Forget()
-	}
-}
-
 // TestIncrementalEqualsFull is law 4: any order of events leaves the same state
 // as a start from nothing, also when the kernel fails now and then and when the
 // agent is started anew.
@@ -99,7 +83,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 					k.fail = func() bool { return r.IntN(300) == 0 }
 				}
 				set := w.Set()
-				insist(t, x, set)
+				history.Insist(t, x, set)
 				if d := cmp.Diff(fresh(t, w, set, nil), k.text(false)); d != "" {
 					t.Fatalf("incremental differs from full (-full +incremental):\n%s", d)
 				}
@@ -147,7 +131,7 @@ func TestMomentsAreSafe(t *testing.T) {
 		for range 10 {
 			w.Step()
 		}
-		insist(t, x, w.Set())
+		history.Insist(t, x, w.Set())
 	}
 }
 
@@ -174,7 +158,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	check := func() {
 		t.Helper()
 		set := w.Set()
-		insist(t, x, set)
+		history.Insist(t, x, set)
 		bad := map[string]bool{}
 		for p := range set.All {
 			if p.Balance.Scheduler == "wrr" && len(x.compiler(set.Facts).compile(p, 0).servers) > 0 {
@@ -207,7 +191,7 @@ func TestRefusedServiceIsSetAside(t *testing.T) {
 	k.refuse = func(op) error { return nil }
 	clock = clock.Add(8 * aside.Retry)
 	w.Step()
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	if len(report.Aside) > 0 {
 		t.Errorf("still set aside: %v", report.Aside)
 	}
@@ -242,9 +226,9 @@ func TestARefusedPartIsLeftOut(t *testing.T) {
 	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
-	insist(t, x, set)
+	history.Insist(t, x, set)
 	whole := newFake()
-	insist(t, newProxier(options(w), whole), set)
+	history.Insist(t, newProxier(options(w), whole), set)
 	if len(k.servers) != len(whole.servers) {
 		t.Errorf("%d virtual servers, want %d", len(k.servers), len(whole.servers))
 	}
@@ -284,7 +268,7 @@ func TestAsideBacksOff(t *testing.T) {
 	x := newProxier(options(w), k)
 	clock := epoch
 	x.now = func() time.Time { return clock }
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	var at []time.Duration
 	for range 5 * 60 {
 		before := tries
@@ -334,7 +318,7 @@ func TestEndpointsDoNotMoveServers(t *testing.T) {
 					}
 					w.Slices["svc-0-0"] = sl
 					w.Update("svc-0")
-					insist(t, x, w.Set())
+					history.Insist(t, x, w.Set())
 					now := fmt.Sprint(slices.SortedFunc(maps.Keys(k.servers), serverKey.compare))
 					if keys != "" && now != keys {
 						t.Fatalf("with endpoints on %v: %s, before %s", nodes, now, keys)
@@ -363,7 +347,7 @@ func TestMarksRunOut(t *testing.T) {
 	o := options(w)
 	o.Report = report
 	x := newProxier(o, k)
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	if len(report.Aside) != 2 || len(k.sets[setInside]) != insideMost {
 		t.Fatalf("told of %d ports, %d have marks", len(report.Aside), len(k.sets[setInside]))
 	}
@@ -415,7 +399,7 @@ func TestDrift(t *testing.T) {
 			report := history.NewReports()
 			o.Report = report
 			x := newProxier(o, k)
-			insist(t, x, w.Set())
+			history.Insist(t, x, w.Set())
 			want := k.text(true)
 			change(k)
 			drift := k.text(true) != want
@@ -447,7 +431,7 @@ func TestAFlushIsFoundAtOnce(t *testing.T) {
 	}
 	k := newFake()
 	x := newProxier(options(w), k)
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	for range 10 {
 		want := k.text(true)
 		clear(k.servers)
@@ -499,10 +483,10 @@ func TestForeign(t *testing.T) {
 			x := newProxier(o, k)
 			k.addrs = map[netip.Addr]bool{}
 			if late { // they come while we run, before the Service
-				insist(t, x, plan.EmptySet(set.Facts))
+				history.Insist(t, x, plan.EmptySet(set.Facts))
 			}
 			theirs(k)
-			insist(t, x, set)
+			history.Insist(t, x, set)
 			survived(t, k)
 			if len(report.Aside) != 1 {
 				t.Fatalf("told of %v, want the one port that wants %s", report.Aside, wanted)
@@ -510,10 +494,10 @@ func TestForeign(t *testing.T) {
 			if _, err := x.Check(context.Background(), true); err != nil {
 				t.Fatal(err)
 			}
-			insist(t, newProxier(options(w), k), set)
+			history.Insist(t, newProxier(options(w), k), set)
 			survived(t, k)
-			insist(t, newProxier(options(w), k), plan.EmptySet(set.Facts))
-			insist(t, newProxier(options(w), k), plan.EmptySet(set.Facts)) // now all sets are empty
+			history.Insist(t, newProxier(options(w), k), plan.EmptySet(set.Facts))
+			history.Insist(t, newProxier(options(w), k), plan.EmptySet(set.Facts)) // now all sets are empty
 			survived(t, k)
 			if err := newProxier(options(w), k).Cleanup(context.Background()); err != nil {
 				t.Fatal(err)
@@ -540,7 +524,7 @@ func TestPrime(t *testing.T) {
 	}
 	n := len(k.servers)
 	x := newProxier(options(w), k)
-	insist(t, x, set)
+	history.Insist(t, x, set)
 	if n == 0 || n >= len(k.servers) {
 		t.Fatalf("primed with %d of %d virtual servers", n, len(k.servers))
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/sluice-proxy/sluice/pkg/model"
+	"github.com/sluice-proxy/sluice/test/history"
 )
 
 var epoch = time.Unix(1_000_000, 0)
@@ -86,7 +87,7 @@ func TestTermination(t *testing.T) {
 		}
 	}
 	endpoints(ready(a), ready(b))
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	connections := func(n uint32) {
 		server(model.TCP).destinations[at] = liveDest{weight: server(model.TCP).destinations[at].weight, active: n}
 	}
@@ -95,7 +96,7 @@ func TestTermination(t *testing.T) {
 
 	terminatingB := model.Endpoint{Addr: b, Serving: true, Terminating: true}
 	endpoints(ready(a), terminatingB)
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	if _, ok := server(model.UDP).destinations[at]; ok {
 		t.Error("a UDP destination was not removed at once")
 	}
@@ -103,23 +104,23 @@ func TestTermination(t *testing.T) {
 	expect(true, 0, 1)
 
 	endpoints(ready(a), ready(b)) // it comes back
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	expect(true, 1, 0)
 	if server(model.TCP).destinations[at].active != 100 {
 		t.Error("coming back cost its connections")
 	}
 
 	endpoints(ready(a), model.Endpoint{Addr: b}) // it fails its probes for a while
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	clock = clock.Add(time.Hour)
 	expect(true, 0, 1)
 
 	endpoints(ready(a))
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	clock = clock.Add(9 * time.Minute)
 	expect(true, 0, 1)
 	x = start() // the agent is started anew
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	expect(true, 0, 1)
 	connections(1)
 	clock = clock.Add(9 * time.Minute)
@@ -128,10 +129,10 @@ func TestTermination(t *testing.T) {
 	expect(false, 0, 0)
 
 	endpoints(ready(a), ready(b))
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	connections(5)
 	endpoints(ready(a))
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	clock = clock.Add(10*time.Minute - time.Second)
 	expect(true, 0, 1)
 	if d := x.Draining()[0]; d.Active != 5 || d.Until.Sub(clock) != time.Second || d.Server != "TCP 10.0.0.1:80" {

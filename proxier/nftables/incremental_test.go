@@ -75,21 +75,6 @@ func sweep(t *testing.T, x *Proxier, now *time.Time) {
 	}
 }
 
-// insist syncs until it succeeds.
-func insist(t *testing.T, x *Proxier, set *plan.Set) {
-	t.Helper()
-	for tries := 0; ; tries++ {
-		err := x.Sync(context.Background(), set)
-		if err == nil {
-			return
-		}
-		if strings.Contains(err.Error(), "BUG") || tries > 10000 {
-			t.Fatal(err)
-		}
-		x.Forget()
-	}
-}
-
 // TestIncrementalEqualsFull is law 4: any order of events leaves the same table as a
 // start from nothing, also when the kernel fails in one call of ten, when the agent
 // is started anew, and when transactions have to be small.
@@ -124,7 +109,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 					k.fail = func() bool { return r.IntN(10) == 0 }
 				}
 				set := w.Set()
-				insist(t, x, set)
+				history.Insist(t, x, set)
 				k.fail = nil
 				sweep(t, x, now)
 				if d := cmp.Diff(fresh(t, w, set, nil), k.text()); d != "" {
@@ -162,7 +147,7 @@ func TestMomentsAreSafe(t *testing.T) {
 			for range 10 {
 				w.Step()
 			}
-			insist(t, x, w.Set())
+			history.Insist(t, x, w.Set())
 		}
 		if moments < 20 {
 			t.Fatalf("only %d transactions", moments)
@@ -248,7 +233,7 @@ func refuseSome(t *testing.T, mute bool) {
 	check := func() {
 		t.Helper()
 		set := w.Set()
-		insist(t, x, set)
+		history.Insist(t, x, set)
 		bad := map[string]bool{}
 		for p := range set.All {
 			if k.refuse != nil && slices.ContainsFunc(x.c.compile(p).elements, func(e element) bool { return k.refuse(e) != nil }) {
@@ -301,7 +286,7 @@ func TestEverythingRefused(t *testing.T) {
 	report := history.NewReports()
 	o.Report = report
 	x, now := clocked(o, k)
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	k.table = nil
 	for range 10 {
 		w.Step()
@@ -331,7 +316,7 @@ func TestRepairsAreBounded(t *testing.T) {
 	}
 	k := newFake()
 	x, now := clocked(options(w), k)
-	insist(t, x, w.Set())
+	history.Insist(t, x, w.Set())
 	repairs := func() (n int) {
 		for range 20 {
 			k.dirty = true
