@@ -166,13 +166,7 @@ func mustParseNFT(t *testing.T, text string) *NFTables {
 func TestNFTables(t *testing.T) {
 	rs := mustParseNFT(t, nftTable4)
 	third := []string{"10.244.1.1:8080", "10.244.2.2:8080", "10.244.2.3:8080"}
-	for _, tc := range []struct {
-		name    string
-		p       Packet
-		verdict Verdict
-		dst     []string // with equal chances
-		masq    func(dst string) bool
-	}{
+	checkRoutes(t, rs, []route{
 		{"pod to ClusterIP", packet("veth2", "10.244.1.2:999", "10.96.0.1:80"), Forwarded, third, never},
 		{"hairpin", packet("veth1", "10.244.1.1:999", "10.96.0.1:80"), Forwarded, third, func(d string) bool { return d == third[0] }},
 		{"outside to ClusterIP", packet("eth0", "198.51.100.7:999", "10.96.0.1:80"), Forwarded, third, always},
@@ -192,32 +186,7 @@ func TestNFTables(t *testing.T) {
 		{"martian", packet("eth0", "192.168.100.9:999", "127.0.0.1:80"), Dropped, nil, nil},
 		{"other protocol", Packet{In: "eth0", Src: netip.MustParseAddrPort("198.51.100.7:9"), Dst: netip.MustParseAddrPort("203.0.113.5:80"), Protocol: "udp"}, Forwarded, []string{"203.0.113.5:80"}, never},
 		{"other family", packet("eth0", "[fd00::1]:9", "[fd00::2]:80"), Forwarded, []string{"[fd00::2]:80"}, never},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			outs, err := rs.Outcomes(host, tc.p, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			total := 0.0
-			for _, o := range outs {
-				total += o.Probability
-				if o.Verdict != tc.verdict {
-					t.Errorf("%v, want %v; path:\n%s", o, tc.verdict, strings.Join(o.Path, "\n"))
-				}
-				if tc.masq != nil && (o.Masqueraded != tc.masq(o.Dst.String()) || o.Mark != 0) {
-					t.Errorf("%v: masqueraded %v, mark %#x; path:\n%s", o, o.Masqueraded, o.Mark, strings.Join(o.Path, "\n"))
-				}
-			}
-			if got := Destinations(outs); len(got) != len(tc.dst) || math.Abs(total-1) > 1e-6 {
-				t.Fatalf("destinations %v, want %v", got, tc.dst)
-			}
-			for _, d := range tc.dst {
-				if p := Destinations(outs)[netip.MustParseAddrPort(d)]; math.Abs(p-1/float64(len(tc.dst))) > 1e-6 {
-					t.Errorf("%s with probability %v", d, p)
-				}
-			}
-		})
-	}
+	})
 }
 
 // TestNFTablesAffinity: a client keeps its endpoint as long as it comes back in time;

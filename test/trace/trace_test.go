@@ -110,16 +110,53 @@ func mustParse(t *testing.T, text string) *Ruleset {
 	return rs
 }
 
+// route is a packet and where rules must take it.
+type route struct {
+	name    string
+	p       Packet
+	verdict Verdict
+	dst     []string // with equal chances
+	masq    func(dst string) bool
+}
+
+// checkRoutes follows each packet, as the first of its connection, in a subtest.
+func checkRoutes(t *testing.T, rules interface {
+	Outcomes(*Host, Packet, Memory) ([]Outcome, error)
+}, routes []route) {
+	t.Helper()
+	for _, tc := range routes {
+		t.Run(tc.name, func(t *testing.T) {
+			outs, err := rules.Outcomes(host, tc.p, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			total := 0.0
+			for _, o := range outs {
+				total += o.Probability
+				if o.Verdict != tc.verdict {
+					t.Errorf("%v, want %v; path:\n%s", o, tc.verdict, strings.Join(o.Path, "\n"))
+				}
+				if tc.masq != nil && (o.Masqueraded != tc.masq(o.Dst.String()) || o.Mark != 0) {
+					t.Errorf("%v: masqueraded %v, mark %#x; path:\n%s", o, o.Masqueraded, o.Mark, strings.Join(o.Path, "\n"))
+				}
+			}
+			got := Destinations(outs)
+			if len(got) != len(tc.dst) || math.Abs(total-1) > 1e-6 {
+				t.Fatalf("destinations %v, want %v; the probabilities sum up to %v", got, tc.dst, total)
+			}
+			for _, d := range tc.dst {
+				if p := got[netip.MustParseAddrPort(d)]; math.Abs(p-1/float64(len(tc.dst))) > 1e-6 {
+					t.Errorf("%s with probability %v", d, p)
+				}
+			}
+		})
+	}
+}
+
 func TestKubeProxyRules(t *testing.T) {
 	rs := mustParse(t, kubeProxy)
 	third := []string{"10.244.1.1:8080", "10.244.2.2:8080", "10.244.2.3:8080"}
-	for _, tc := range []struct {
-		name    string
-		p       Packet
-		verdict Verdict
-		dst     []string // with equal chances
-		masq    func(dst string) bool
-	}{
+	checkRoutes(t, rs, []route{
 		{"pod to ClusterIP", packet("veth2", "10.244.1.2:999", "10.96.0.1:80"), Forwarded, third, never},
 		{"hairpin", packet("veth1", "10.244.1.1:999", "10.96.0.1:80"), Forwarded, third, func(d string) bool { return d == third[0] }},
 		{"outside to ClusterIP", packet("eth0", "198.51.100.7:999", "10.96.0.1:80"), Forwarded, third, always},
@@ -136,31 +173,7 @@ func TestKubeProxyRules(t *testing.T) {
 		{"other port", packet("veth2", "10.244.1.2:999", "10.96.0.1:81"), Forwarded, []string{"10.96.0.1:81"}, never},
 		{"policy of FORWARD", packet("eth0", "198.51.100.7:999", "10.244.1.1:22"), Dropped, nil, nil},
 		{"process of the node", packet("eth0", "198.51.100.7:999", "192.168.100.1:22"), Delivered, []string{"192.168.100.1:22"}, never},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			outs, err := rs.Outcomes(host, tc.p, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, o := range outs {
-				if o.Verdict != tc.verdict {
-					t.Errorf("%v, want %v; path:\n%s", o, tc.verdict, strings.Join(o.Path, "\n"))
-				}
-				if tc.masq != nil && o.Masqueraded != tc.masq(o.Dst.String()) {
-					t.Errorf("%v: masqueraded %v; path:\n%s", o, o.Masqueraded, strings.Join(o.Path, "\n"))
-				}
-			}
-			got := Destinations(outs)
-			if len(got) != len(tc.dst) {
-				t.Fatalf("destinations %v, want %v", got, tc.dst)
-			}
-			for _, d := range tc.dst {
-				if p := got[netip.MustParseAddrPort(d)]; math.Abs(p-1/float64(len(tc.dst))) > 1e-6 {
-					t.Errorf("%s with probability %v", d, p)
-				}
-			}
-		})
-	}
+	})
 }
 
 func always(string) bool { return true }
