@@ -158,6 +158,29 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// TestRefusesAsOftenAsAsked: a node sends an error for each of many datagrams in
+// a moment. A kernel as it comes sends about 50, and keeps silent for 20 ms:
+// net.ipv4.icmp_msgs_burst.
+func TestRefusesAsOftenAsAsked(t *testing.T) {
+	lab := newLab(t, Default())
+	for _, addr := range lab.Addrs("node1") {
+		nobody := netip.AddrPortFrom(addr, 81)
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for i := range 50 {
+					a, err := lab.Host("client").Ask(t.Context(), "udp", netip.Addr{}, nobody, patience)
+					if err != nil || a.Result != Refused {
+						t.Errorf("datagram %d to %s: %v %v, want refused", i, nobody, a, err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+}
+
 // TestWithoutSCTP: a kernel without says so; nobody takes it for a refusal.
 func TestWithoutSCTP(t *testing.T) {
 	err := SCTP()
