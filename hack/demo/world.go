@@ -261,9 +261,11 @@ func (w *world) startAgent(ctx context.Context) (time.Duration, error) {
 	return time.Since(begin), err
 }
 
-// until tries again and again, until something is so or cannot come any more.
+// until tries again and again, until something is so or cannot come any more. It may
+// take a third of what the whole may: machines are slow, virtual ones above all.
 func (w *world) until(ctx context.Context, what string, so func() (bool, error)) error {
-	limit := time.After(10 * time.Second)
+	most := w.o.limit / 3
+	limit := time.After(most)
 	for {
 		ok, err := so()
 		if ok || err != nil {
@@ -275,7 +277,7 @@ func (w *world) until(ctx context.Context, what string, so func() (bool, error))
 		case <-w.agent.ended:
 			return fmt.Errorf("the agent ended while the demo waited until %s: %v%s", what, w.agent.err, w.agentLog())
 		case <-limit:
-			return fmt.Errorf("it did not happen within 10 s that %s%s", what, w.agentLog())
+			return fmt.Errorf("it did not happen within %s that %s%s", most, what, w.agentLog())
 		case <-time.After(2 * time.Millisecond):
 		}
 	}

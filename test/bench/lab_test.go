@@ -177,7 +177,7 @@ func TestGivesUp(t *testing.T) {
 	}
 	checkRows(t, out.String(), []row{
 		{"cold start until every Service answers", "> 15 s", ""},
-		{"CPU time of a cold start", "> 0 s", "0 s"},
+		{"CPU time of a cold start", "> *", ""}, // 0, or the least that can be told apart
 		{"endpoint change until traffic follows, p99", "-", "> 2 s"},
 		{"traffic follows the last of many changes after", "-", "> 2 s"},
 		{"connections lost during these changes", "-", "0"},
@@ -191,7 +191,8 @@ func TestGivesUp(t *testing.T) {
 	}
 }
 
-// row is what a row of the table should say; "" for anything but nothing.
+// row is what a row of the table should say; "" for anything but nothing. A * at the end
+// stands for anything.
 type row struct{ title, peer, ours string }
 
 func checkRows(t *testing.T, table string, rows []row) {
@@ -205,7 +206,8 @@ func checkRows(t *testing.T, table string, rows []row) {
 		}
 		for k, want := range []string{r.peer, r.ours} {
 			got := strings.TrimSpace(cells[k+1])
-			if want == "" && (got == "" || got == "-") || want != "" && got != want {
+			begin, any := strings.CutSuffix(want, "*")
+			if want == "" && (got == "" || got == "-") || any && !strings.HasPrefix(got, begin) || want != "" && !any && got != want {
 				t.Errorf("%s: %q in column %d, want %q, of\n%s", r.title, got, k+1, want, table)
 			}
 		}
