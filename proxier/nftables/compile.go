@@ -39,10 +39,19 @@ func (c compiler) compile(p *plan.Plan) ruleset {
 	var rs ruleset
 	var used uses
 	for i := range p.Frontends {
-		f := &p.Frontends[i]
-		u := usesOf(f)
+		u := usesOf(&p.Frontends[i])
 		used.cluster, used.local = used.cluster || u.cluster, used.local || u.local
-		rs.frontend(p, f, u)
+	}
+	var cluster, local []numbered
+	if used.cluster {
+		cluster = number(p.Cluster)
+	}
+	if used.local {
+		local = number(p.Local)
+	}
+	for i := range p.Frontends {
+		f := &p.Frontends[i]
+		rs.frontend(p, f, cluster, local)
 		if f.Kind == plan.ClusterIP {
 			rs.shared = append(rs.shared, element{key: key{set: setClusterIPs, addr: f.Addr}})
 		}
@@ -68,8 +77,9 @@ func keyOf(p *plan.Plan, f *plan.Frontend, set setID) key {
 	return key{set: set, addr: f.Addr, protocol: p.Protocol, port: f.Port}
 }
 
-// frontend adds what a frontend needs: what happens there, and the endpoints.
-func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, u uses) {
+// frontend adds what a frontend needs: what happens there, and those of the plan's
+// endpoints that it leads to.
+func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, cluster, local []numbered) {
 	port := f.Kind == plan.NodePort
 	set := setServices
 	if port {
@@ -81,18 +91,20 @@ func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, u uses) {
 	if spec.sticky {
 		rs.sticky(p, f)
 	}
-	number := func(list []plan.Endpoint, local bool) {
-		for i, e := range list {
-			k := keyOf(p, f, endpointsOf(port, local))
-			k.index = uint32(i)
-			rs.elements = append(rs.elements, element{k, value{to: e.AddrPort}})
+	endpoints := func(list []numbered, local bool) {
+		k := keyOf(p, f, endpointsOf(port, local))
+		rs.elements = slices.Grow(rs.elements, len(list))
+		for _, e := range list {
+			k.index = e.number
+			rs.elements = append(rs.elements, element{k, value{to: e.to}})
 		}
 	}
+	u := usesOf(f)
 	if u.cluster {
-		number(p.Cluster, false)
+		endpoints(cluster, false)
 	}
 	if u.local {
-		number(p.Local, true)
+		endpoints(local, true)
 	}
 	if !spec.sources {
 		return
@@ -176,30 +188,6 @@ type chainSpec struct {
 type step struct {
 	plan.Route
 	most int
-}
-
-// mostOf is the size of the smallest class that has room for n endpoints: 5, 12, 26,
-// 54, ... A frontend's verdict names the class and not the number, since a verdict is
-// dear to change: the kernel then looks through all verdicts of the table for loops,
-// which takes a millisecond for 10,000 Services, and five for 40,000. An endpoint that
-// comes or goes changes the class seldom, and costs what its element costs.
-//
-// More than half of a class's numbers have an endpoint, but for the first class.
-func mostOf(n int) int {
-	most := 5
-	for most < n {
-		most = 2*most + 2
-	}
-	return most
-}
-
-// tries is how often a number is drawn that may have no endpoint before the first
-// endpoint is taken. It makes that one's share greater by less than a millionth.
-func tries(most int) int {
-	if most <= 5 {
-		return 27 // 0.6^27; with one endpoint, who is first does not matter
-	}
-	return 20 // 0.5^20
 }
 
 func specOf(p *plan.Plan, f *plan.Frontend) chainSpec {

@@ -106,14 +106,15 @@ func takersFirst(groups []*group) []*group {
 func (x *Proxier) compare(groups []*group) {
 	had := map[key]element{}
 	owner := map[key]*group{}
+	wanted := map[key]bool{}
 	for _, g := range groups {
-		for _, e := range g.was.elements {
+		g.gone, g.come = unmatched(g.was.elements, g.is.elements)
+		for _, e := range g.gone {
 			had[e.key], owner[e.key] = e, g
 		}
 	}
-	wanted := map[key]bool{}
 	for _, g := range groups {
-		for _, e := range g.is.elements {
+		for _, e := range g.come {
 			wanted[e.key] = true
 			old, there := had[e.key]
 			switch from := owner[e.key]; {
@@ -135,12 +136,31 @@ func (x *Proxier) compare(groups []*group) {
 		}
 	}
 	for _, g := range groups {
-		for _, e := range g.was.elements {
+		for _, e := range g.gone {
 			if !wanted[e.key] {
 				g.del = append(g.del, e)
 			}
 		}
 	}
+}
+
+// unmatched leaves out what two lists have in common, where they are in the same order:
+// nearly all, if one of many endpoints changes. What is in both may be left in both.
+func unmatched(was, is []element) (gone, come []element) {
+	for len(was) > 0 && len(is) > 0 {
+		if was[0] == is[0] {
+			was, is = was[1:], is[1:]
+			continue
+		}
+		order := was[0].compare(is[0].key)
+		if order <= 0 {
+			gone, was = append(gone, was[0]), was[1:]
+		}
+		if order >= 0 {
+			come, is = append(come, is[0]), is[1:]
+		}
+	}
+	return append(gone, was...), append(come, is...)
 }
 
 func (g *group) give(k key, to *group) {

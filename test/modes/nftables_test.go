@@ -148,7 +148,8 @@ func (w *world) dialAllTheTime() *dialers {
 	d := &dialers{w: w, stop: make(chan struct{}), made: map[string]int{}}
 	for _, q := range [][2]string{{"pod2", "10.96.1.1:80"}, {"pod2", "[fd00:10:96::101]:80"}, {"node1", "10.96.1.1:80"}, {"client", "172.18.0.11:30001"}} {
 		from, to := w.lab.Host(q[0]), netip.MustParseAddrPort(q[1])
-		d.made[q[0]+" to "+q[1]] = 0
+		way := q[0] + " to " + q[1]
+		d.count(way, 0)
 		d.ended.Go(func() {
 			for {
 				select {
@@ -161,18 +162,25 @@ func (w *world) dialAllTheTime() *dialers {
 				if err == nil && a.Result != netlab.Answered {
 					err = fmt.Errorf("%s from %s: %s after %v", to, from.Name, a, time.Since(begin))
 				}
-				d.mu.Lock()
-				d.made[q[0]+" to "+q[1]]++
-				if err != nil {
-					d.failed = append(d.failed, err)
-				}
-				d.mu.Unlock()
+				d.count(way, 1, err)
 			}
 		})
 	}
 	d.end = sync.OnceFunc(d.judge)
 	w.t.Cleanup(d.end)
 	return d
+}
+
+// count notes n connections, and the errors of those that failed.
+func (d *dialers) count(way string, n int, failed ...error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.made[way] += n
+	for _, err := range failed {
+		if err != nil {
+			d.failed = append(d.failed, err)
+		}
+	}
 }
 
 func (d *dialers) judge() {
