@@ -46,139 +46,118 @@ func sees(t *testing.T, store *state.Store, want string) {
 	eventually(t, "\n"+want, ok)
 }
 
-// bothWays runs a test with streamed lists and with plain ones, be it that we
-// do not ask for streams or that the server has none.
-func bothWays(t *testing.T, test func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats))) {
-	for _, way := range []struct {
-		name          string
-		server, ask   bool
-		listsExpected bool
-	}{{"WatchList", true, true, false}, {"refused by the server", false, true, true}, {"not asked for", true, false, true}} {
-		t.Run(way.name, func(t *testing.T) {
-			f := newFakeAPI(t)
-			f.streaming = way.server
-			test(t, f, func() (*state.Store, *Stats) {
-				return follow(t, f, func(a *API) { a.NoWatchList, a.ServiceCIDRs = !way.ask, true })
-			})
-			if lists := f.asked("limit="); (lists > 0) != way.listsExpected {
-				t.Errorf("%d plain lists", lists)
-			}
-		})
-	}
-}
-
 func TestAPIFollowsChanges(t *testing.T) {
-	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
-		f.set("services", apiService("web", "10.96.0.1"))
-		f.set("services", apiService("headless", "None"))
-		f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.1"))
-		f.set("nodes", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "me", Labels: map[string]string{corev1.LabelTopologyZone: "z1"}}})
-		f.set("nodes", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "other"}})
-		store, stats := follow()
-		sees(t, store, "web: [10.96.0.1] web-1[10.0.0.1]")
-		eventually(t, "own Node", func() bool { n := store.Current().Node(); return n != nil && n.Name == "me" && n.Zone == "z1" })
+	f := newFakeAPI(t)
+	f.set("services", apiService("web", "10.96.0.1"))
+	f.set("services", apiService("headless", "None"))
+	f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.1"))
+	f.set("nodes", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "me", Labels: map[string]string{corev1.LabelTopologyZone: "z1"}}})
+	f.set("nodes", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "other"}})
+	store, stats := follow(t, f, withServiceCIDRs)
+	if f.asked("limit=") == 0 || f.asked("sendInitialEvents") > 0 {
+		t.Errorf("%d lists, %d streams for the first state", f.asked("limit="), f.asked("sendInitialEvents"))
+	}
+	sees(t, store, "web: [10.96.0.1] web-1[10.0.0.1]")
+	eventually(t, "own Node", func() bool { n := store.Current().Node(); return n != nil && n.Name == "me" && n.Zone == "z1" })
 
-		f.set("services", apiService("db", "10.96.0.2"))
-		f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.1", "10.0.0.2"))
-		sees(t, store, "db: [10.96.0.2]\nweb: [10.96.0.1] web-1[10.0.0.1 10.0.0.2]")
+	f.set("services", apiService("db", "10.96.0.2"))
+	f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.1", "10.0.0.2"))
+	sees(t, store, "db: [10.96.0.2]\nweb: [10.96.0.1] web-1[10.0.0.1 10.0.0.2]")
 
-		// A slice that is given to another Service leaves the first.
-		f.set("endpointslices", apiSlice("web-1", "db", "10.0.0.1"))
-		sees(t, store, "db: [10.96.0.2] web-1[10.0.0.1]\nweb: [10.96.0.1]")
+	// A slice that is given to another Service leaves the first.
+	f.set("endpointslices", apiSlice("web-1", "db", "10.0.0.1"))
+	sees(t, store, "db: [10.96.0.2] web-1[10.0.0.1]\nweb: [10.96.0.1]")
 
-		// Another proxy takes the Service: it leaves our selector.
-		taken := apiService("web", "10.96.0.1")
-		taken.Labels = map[string]string{convert.LabelServiceProxyName: "other"}
-		f.set("services", taken)
-		sees(t, store, "db: [10.96.0.2] web-1[10.0.0.1]")
-		f.set("services", apiService("web", "10.96.0.1"))
-		sees(t, store, "db: [10.96.0.2] web-1[10.0.0.1]\nweb: [10.96.0.1]")
+	// Another proxy takes the Service: it leaves our selector.
+	taken := apiService("web", "10.96.0.1")
+	taken.Labels = map[string]string{convert.LabelServiceProxyName: "other"}
+	f.set("services", taken)
+	sees(t, store, "db: [10.96.0.2] web-1[10.0.0.1]")
+	f.set("services", apiService("web", "10.96.0.1"))
+	sees(t, store, "db: [10.96.0.2] web-1[10.0.0.1]\nweb: [10.96.0.1]")
 
-		external := apiService("web", "10.96.0.1")
-		external.Spec.Type = corev1.ServiceTypeExternalName
-		f.set("services", external)
-		f.del("endpointslices", apiSlice("web-1", "db"))
-		sees(t, store, "db: [10.96.0.2]")
+	external := apiService("web", "10.96.0.1")
+	external.Spec.Type = corev1.ServiceTypeExternalName
+	f.set("services", external)
+	f.del("endpointslices", apiSlice("web-1", "db"))
+	sees(t, store, "db: [10.96.0.2]")
 
-		f.del("nodes", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "me"}})
-		eventually(t, "no Node", func() bool { return store.Current().Node() == nil })
-		if stats.ServiceChanges.Load() < 4 || stats.SliceChanges.Load() < 3 || stats.NodeChanges.Load() != 2 {
-			t.Errorf("counted %d, %d, %d", stats.ServiceChanges.Load(), stats.SliceChanges.Load(), stats.NodeChanges.Load())
-		}
-	})
+	f.del("nodes", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "me"}})
+	eventually(t, "no Node", func() bool { return store.Current().Node() == nil })
+	if stats.ServiceChanges.Load() < 4 || stats.SliceChanges.Load() < 3 || stats.NodeChanges.Load() != 2 {
+		t.Errorf("counted %d, %d, %d", stats.ServiceChanges.Load(), stats.SliceChanges.Load(), stats.NodeChanges.Load())
+	}
 }
 
 // TestAPIImportantFirst: what a new node needs most is in the store while the
 // complete lists are still awaited, and nothing that those lack stays.
 func TestAPIImportantFirst(t *testing.T) {
-	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
-		place := func(o apiObject, namespace string) apiObject {
-			o.SetNamespace(namespace)
-			return o
-		}
-		hold := make(chan struct{})
-		f.mu.Lock()
-		f.hold = hold
-		f.mu.Unlock()
-		dns := place(apiService("kube-dns", "10.96.0.10"), "kube-system")
-		f.set("services", place(apiService("kubernetes", "10.96.0.1"), "default"))
-		f.set("services", place(apiService("other", "10.96.0.2"), "default"))
-		f.set("services", dns)
-		store, _ := follow()
-		eventually(t, "the important Services", func() bool { return store.Current().Early() })
-		get := func(namespace, name string) bool {
-			e := store.Current().Get(model.ServiceName{Namespace: namespace, Name: name})
-			return e != nil && e.Service != nil
-		}
-		if !get("default", "kubernetes") || !get("kube-system", "kube-dns") || get("default", "other") || store.Current().Synced() {
-			t.Error("not the important Services, or not only, or taken for all")
-		}
-		f.del("services", dns)
-		close(hold)
-		eventually(t, "the complete lists", func() bool { return store.Current().Synced() })
-		if !get("default", "kubernetes") || !get("default", "other") || get("kube-system", "kube-dns") {
-			t.Error("the complete lists are not what is in the store")
-		}
-	})
+	f := newFakeAPI(t)
+	place := func(o apiObject, namespace string) apiObject {
+		o.SetNamespace(namespace)
+		return o
+	}
+	hold := make(chan struct{})
+	f.mu.Lock()
+	f.hold = hold
+	f.mu.Unlock()
+	dns := place(apiService("kube-dns", "10.96.0.10"), "kube-system")
+	f.set("services", place(apiService("kubernetes", "10.96.0.1"), "default"))
+	f.set("services", place(apiService("other", "10.96.0.2"), "default"))
+	f.set("services", dns)
+	store, _ := follow(t, f, withServiceCIDRs)
+	eventually(t, "the important Services", func() bool { return store.Current().Early() })
+	get := func(namespace, name string) bool {
+		e := store.Current().Get(model.ServiceName{Namespace: namespace, Name: name})
+		return e != nil && e.Service != nil
+	}
+	if !get("default", "kubernetes") || !get("kube-system", "kube-dns") || get("default", "other") || store.Current().Synced() {
+		t.Error("not the important Services, or not only, or taken for all")
+	}
+	f.del("services", dns)
+	close(hold)
+	eventually(t, "the complete lists", func() bool { return store.Current().Synced() })
+	if !get("default", "kubernetes") || !get("default", "other") || get("kube-system", "kube-dns") {
+		t.Error("the complete lists are not what is in the store")
+	}
 }
 
 func TestAPIOutOfReach(t *testing.T) {
-	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
-		f.set("services", apiService("web", "10.96.0.1"))
-		f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.1"))
-		f.set("services", apiService("old", "10.96.0.9"))
-		store, stats := follow()
-		const before = "old: [10.96.0.9]\nweb: [10.96.0.1] web-1[10.0.0.1]"
-		sees(t, store, before)
-		watch := emptiness(t, store)
+	f := newFakeAPI(t)
+	f.set("services", apiService("web", "10.96.0.1"))
+	f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.1"))
+	f.set("services", apiService("old", "10.96.0.9"))
+	store, stats := follow(t, f, withServiceCIDRs)
+	const before = "old: [10.96.0.9]\nweb: [10.96.0.1] web-1[10.0.0.1]"
+	sees(t, store, before)
+	watch := emptiness(t, store)
 
-		f.stop()
-		eventually(t, "loss noticed", func() bool { return !stats.LostSince().IsZero() && stats.WatchErrors.Load() > 5 })
-		if got := summary(store.Current()); got != before || !store.Current().Synced() {
-			t.Errorf("without the API server the store has\n%s", got)
-		}
-		f.set("services", apiService("new", "10.96.0.2"))
-		f.del("services", apiService("old", ""))
-		f.start(t)
-		sees(t, store, "new: [10.96.0.2]\nweb: [10.96.0.1] web-1[10.0.0.1]")
-		eventually(t, "regained", func() bool { return stats.LostSince().IsZero() })
+	f.stop()
+	eventually(t, "loss noticed", func() bool { return !stats.LostSince().IsZero() && stats.WatchErrors.Load() > 5 })
+	if got := summary(store.Current()); got != before || !store.Current().Synced() {
+		t.Errorf("without the API server the store has\n%s", got)
+	}
+	f.set("services", apiService("new", "10.96.0.2"))
+	f.del("services", apiService("old", ""))
+	f.start(t)
+	sees(t, store, "new: [10.96.0.2]\nweb: [10.96.0.1] web-1[10.0.0.1]")
+	eventually(t, "regained", func() bool { return stats.LostSince().IsZero() })
 
-		// The same, with a history too short to go on from: a new complete list.
-		f.stop()
-		eventually(t, "second loss noticed", func() bool { return !stats.LostSince().IsZero() })
-		lists := stats.Relists.Load()
-		f.del("services", apiService("new", ""))
-		f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.7"))
-		f.expire()
-		f.start(t)
-		sees(t, store, "web: [10.96.0.1] web-1[10.0.0.7]")
-		if stats.Relists.Load() == lists {
-			t.Error("history had expired, yet there was no new list")
-		}
-		if watch() {
-			t.Error("there was a moment without the Service web")
-		}
-	})
+	// The same, with a history too short to go on from: a new complete list.
+	f.stop()
+	eventually(t, "second loss noticed", func() bool { return !stats.LostSince().IsZero() })
+	lists := stats.Relists.Load()
+	f.del("services", apiService("new", ""))
+	f.set("endpointslices", apiSlice("web-1", "web", "10.0.0.7"))
+	f.expire()
+	f.start(t)
+	sees(t, store, "web: [10.96.0.1] web-1[10.0.0.7]")
+	if stats.Relists.Load() == lists {
+		t.Error("history had expired, yet there was no new list")
+	}
+	if watch() {
+		t.Error("there was a moment without the Service web")
+	}
 }
 
 // emptiness watches for a Snapshot without the Service web.
@@ -204,15 +183,14 @@ func emptiness(t *testing.T, store *state.Store) func() bool {
 }
 
 func TestAPIExpiredWhileConnected(t *testing.T) {
-	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
-		f.set("services", apiService("web", "10.96.0.1"))
-		store, _ := follow()
-		for i := range 3 {
-			f.expire()
-			f.set("services", apiService("web", fmt.Sprint("10.96.0.", 10+i)))
-			sees(t, store, fmt.Sprintf("web: [10.96.0.%d]", 10+i))
-		}
-	})
+	f := newFakeAPI(t)
+	f.set("services", apiService("web", "10.96.0.1"))
+	store, _ := follow(t, f, withServiceCIDRs)
+	for i := range 3 {
+		f.expire()
+		f.set("services", apiService("web", fmt.Sprint("10.96.0.", 10+i)))
+		sees(t, store, fmt.Sprintf("web: [10.96.0.%d]", 10+i))
+	}
 }
 
 func TestAPIWithoutTheFieldSelector(t *testing.T) {
@@ -293,9 +271,8 @@ func TestAPIRandom(t *testing.T) {
 			t.Parallel()
 			rnd := rand.New(rand.NewPCG(seed, 5))
 			f := newFakeAPI(t)
-			f.streaming = seed%2 == 0
 			f.twice = seed%3 == 0
-			store, _ := follow(t, f, func(a *API) { a.ServiceCIDRs = true })
+			store, _ := follow(t, f, withServiceCIDRs)
 			for range 150 {
 				name := fmt.Sprint("s", rnd.IntN(8))
 				switch n := rnd.IntN(44); {

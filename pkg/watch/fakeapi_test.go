@@ -34,7 +34,7 @@ type apiObject interface {
 
 // fakeAPI is an HTTP server that lists and watches like an API server: with
 // resource versions, selectors (an object that stops matching is DELETED for the
-// watcher), a history that can expire, and streamed lists. It speaks JSON.
+// watcher), a history that can expire. It speaks JSON.
 type fakeAPI struct {
 	addr string
 	http *httptest.Server
@@ -46,7 +46,6 @@ type fakeAPI struct {
 	objects   map[string]map[key]apiObject
 	history   []fakeChange
 	changed   chan struct{}             // closed and replaced with every change
-	streaming bool                      // serves sendInitialEvents
 	oldFields bool                      // refuses the field selector spec.clusterIP
 	twice     bool                      // sends every watch event twice
 	hold      chan struct{}             // if not nil, requests for all namespaces wait until it is closed
@@ -62,7 +61,7 @@ type fakeChange struct {
 }
 
 func newFakeAPI(t *testing.T) *fakeAPI {
-	f := &fakeAPI{version: 100, objects: map[string]map[key]apiObject{}, changed: make(chan struct{}), streaming: true, addr: "127.0.0.1:0"}
+	f := &fakeAPI{version: 100, objects: map[string]map[key]apiObject{}, changed: make(chan struct{}), addr: "127.0.0.1:0"}
 	f.start(t)
 	t.Cleanup(f.stop)
 	return f
@@ -155,7 +154,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	resource := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
 	f.mu.Lock()
 	f.requests = append(f.requests, r.URL.String())
-	streaming, oldFields, hold, withhold, nodeless := f.streaming, f.oldFields, f.hold, f.withhold, f.nodeless
+	oldFields, hold, withhold, nodeless := f.oldFields, f.hold, f.withhold, f.nodeless
 	f.mu.Unlock()
 	_, namespace, _ := strings.Cut(r.URL.Path, "/namespaces/")
 	namespace, _, _ = strings.Cut(namespace, "/")
@@ -173,9 +172,6 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case oldFields && strings.Contains(fieldSelector, "spec.clusterIP"):
 		fail(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "field label not supported: spec.clusterIP")
-		return
-	case q.Get("sendInitialEvents") != "" && !streaming:
-		fail(w, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled")
 		return
 	}
 	sel, err := labels.Parse(q.Get("labelSelector"))
@@ -272,15 +268,7 @@ func (f *fakeAPI) watch(w http.ResponseWriter, r *http.Request, resource string,
 	after, _ := strconv.ParseUint(q.Get("resourceVersion"), 10, 64)
 	f.mu.Lock()
 	down := f.down
-	if q.Get("sendInitialEvents") == "true" {
-		for _, o := range f.objects[resource] {
-			if matches(o) {
-				send("ADDED", typed(o))
-			}
-		}
-		after = f.version
-		send("BOOKMARK", bookmark(resource, after))
-	} else if after < f.expired {
+	if after < f.expired {
 		send("ERROR", status(http.StatusGone, metav1.StatusReasonExpired, "too old resource version"))
 		f.mu.Unlock()
 		return
@@ -329,23 +317,6 @@ func sendChange(send func(string, any), c fakeChange, matches func(apiObject) bo
 	}
 }
 
-func bookmark(resource string, version uint64) any {
-	var o apiObject
-	switch resource {
-	case "services":
-		o = &corev1.Service{}
-	case "nodes":
-		o = &corev1.Node{}
-	case "servicecidrs":
-		o = &networkingv1.ServiceCIDR{}
-	default:
-		o = &discoveryv1.EndpointSlice{}
-	}
-	o.SetResourceVersion(strconv.FormatUint(version, 10))
-	o.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
-	return typed(o)
-}
-
 // eventually fails the test unless ok becomes true in time.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
@@ -361,6 +332,9 @@ func eventually(t *testing.T, what string, ok func() bool) {
 		}
 	}
 }
+
+// withServiceCIDRs is for follow.
+func withServiceCIDRs(a *API) { a.ServiceCIDRs = true }
 
 // follow runs an API source against the fake server until the test ends.
 func follow(t *testing.T, f *fakeAPI, change func(*API)) (*state.Store, *Stats) {

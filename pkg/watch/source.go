@@ -28,7 +28,6 @@ import (
 type object struct {
 	record
 	resourceVersion string
-	lastInitial     bool // the bookmark that ends a stream's initial events
 }
 
 // GetObjectKind returns nothing: nobody asks for more.
@@ -39,11 +38,7 @@ func (o *object) DeepCopyObject() runtime.Object { return o }
 
 // GetObjectMeta returns the metadata that Reflectors read.
 func (o *object) GetObjectMeta() metav1.Object {
-	m := &metav1.ObjectMeta{Namespace: o.namespace, Name: o.name, ResourceVersion: o.resourceVersion}
-	if o.lastInitial {
-		m.Annotations = map[string]string{metav1.InitialEventsAnnotationKey: "true"}
-	}
-	return m
+	return &metav1.ObjectMeta{Namespace: o.namespace, Name: o.name, ResourceVersion: o.resourceVersion}
 }
 
 // newObject makes an object of metadata alone.
@@ -105,16 +100,12 @@ type source struct {
 	// then, and the version of Kubernetes that has it. Empty for others.
 	without, since string
 
-	conn        *connectionState
-	report      *reporter
-	noWatchList bool
+	conn   *connectionState
+	report *reporter
 
 	fieldsRefused atomic.Bool
 	toldWithheld  atomic.Bool
 }
-
-// IsWatchListSemanticsUnSupported tells a Reflector whether to stream.
-func (s *source) IsWatchListSemanticsUnSupported() bool { return s.noWatchList }
 
 func (s *source) request(o metav1.ListOptions) *rest.Request {
 	o.LabelSelector = s.labels
@@ -207,9 +198,7 @@ func (s *source) event(e apiwatch.Event) apiwatch.Event {
 		s.report.reportObject(s.kind.String()+" "+o.key.String(), nil)
 		e.Object = o
 	case apiwatch.Bookmark:
-		o := newObject(m)
-		o.lastInitial = m.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true"
-		e.Object = o
+		e.Object = newObject(m)
 	}
 	return e
 }

@@ -23,33 +23,31 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/sluice-proxy/sluice/pkg/convert"
-	"github.com/sluice-proxy/sluice/pkg/state"
 )
 
 func TestAPIFollowsServiceCIDRs(t *testing.T) {
-	bothWays(t, func(t *testing.T, f *fakeAPI, follow func() (*state.Store, *Stats)) {
-		f.set("services", apiService("web", "10.96.0.1"))
-		f.set("servicecidrs", apiServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))
-		store, stats := follow()
-		sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.96.0.0/16 fd00:10:96::/112]")
-		f.set("servicecidrs", apiServiceCIDR("more", "10.97.0.0/16"))
-		sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.96.0.0/16 10.97.0.0/16 fd00:10:96::/112]")
-		f.del("servicecidrs", apiServiceCIDR("kubernetes"))
-		sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.97.0.0/16]")
+	f := newFakeAPI(t)
+	f.set("services", apiService("web", "10.96.0.1"))
+	f.set("servicecidrs", apiServiceCIDR("kubernetes", "10.96.0.0/16", "fd00:10:96::/112"))
+	store, stats := follow(t, f, withServiceCIDRs)
+	sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.96.0.0/16 fd00:10:96::/112]")
+	f.set("servicecidrs", apiServiceCIDR("more", "10.97.0.0/16"))
+	sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.96.0.0/16 10.97.0.0/16 fd00:10:96::/112]")
+	f.del("servicecidrs", apiServiceCIDR("kubernetes"))
+	sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.97.0.0/16]")
 
-		f.expire() // a new list
-		f.set("servicecidrs", apiServiceCIDR("more", "10.98.0.0/16"))
-		sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.98.0.0/16]")
+	f.expire() // a new list
+	f.set("servicecidrs", apiServiceCIDR("more", "10.98.0.0/16"))
+	sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.98.0.0/16]")
 
-		f.stop()
-		eventually(t, "loss noticed", func() bool { return !stats.LostSince().IsZero() })
-		sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.98.0.0/16]")
-		f.set("servicecidrs", apiServiceCIDR("new", "10.99.0.0/16"))
-		f.del("servicecidrs", apiServiceCIDR("more"))
-		f.start(t)
-		sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.99.0.0/16]")
-		eventually(t, "regained", func() bool { return stats.LostSince().IsZero() })
-	})
+	f.stop()
+	eventually(t, "loss noticed", func() bool { return !stats.LostSince().IsZero() })
+	sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.98.0.0/16]")
+	f.set("servicecidrs", apiServiceCIDR("new", "10.99.0.0/16"))
+	f.del("servicecidrs", apiServiceCIDR("more"))
+	f.start(t)
+	sees(t, store, "web: [10.96.0.1]\nServiceCIDRs: [10.99.0.0/16]")
+	eventually(t, "regained", func() bool { return stats.LostSince().IsZero() })
 }
 
 func TestAPIDoesNotAskForServiceCIDRs(t *testing.T) {
@@ -169,12 +167,12 @@ func TestWithheldKindsAreAskedForSeldom(t *testing.T) {
 			}
 			return &http.Response{StatusCode: http.StatusNotFound, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("404 page not found"))}, nil
 		})}
-		a := &API{Config: cfg, ServiceCIDRs: true, NoWatchList: true}
+		a := &API{Config: cfg, ServiceCIDRs: true}
 		all := a.sources(must(newClients(cfg)), &convert.Converter{})
 		s := all[len(all)-1]
 		stats := &Stats{}
 		log := slog.New(slog.DiscardHandler)
-		s.conn, s.report, s.noWatchList = &connectionState{log: log, stats: stats, now: time.Now}, &reporter{log: log, stats: stats}, true
+		s.conn, s.report = &connectionState{log: log, stats: stats, now: time.Now}, &reporter{log: log, stats: stats}
 		ctx, cancel := context.WithCancel(klog.NewContext(t.Context(), logr.Discard()))
 		done := make(chan struct{})
 		go func() { defer close(done); s.keepListing(ctx, s.reflector(ctx, make(chan event)), nil) }()
