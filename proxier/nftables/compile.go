@@ -36,12 +36,8 @@ func newCompiler(o *Options) compiler {
 
 // compile gives a plan's ruleset.
 func (c compiler) compile(p *plan.Plan) ruleset {
-	var rs ruleset
-	var used uses
-	for i := range p.Frontends {
-		u := usesOf(&p.Frontends[i])
-		used.cluster, used.local = used.cluster || u.cluster, used.local || u.local
-	}
+	rs := c.shared(p)
+	used := usesOfAll(p)
 	var cluster, local []numbered
 	if used.cluster {
 		cluster = number(p.Cluster)
@@ -50,13 +46,26 @@ func (c compiler) compile(p *plan.Plan) ruleset {
 		local = number(p.Local)
 	}
 	for i := range p.Frontends {
+		rs.frontend(p, &p.Frontends[i], cluster, local)
+	}
+	return rs
+}
+
+// shared gives the part of a plan's ruleset that others may need as well.
+func (c compiler) shared(p *plan.Plan) ruleset {
+	var rs ruleset
+	for i := range p.Frontends {
 		f := &p.Frontends[i]
-		rs.frontend(p, f, cluster, local)
+		spec := specOf(p, f)
+		rs.need(spec.closure()...)
+		if spec.sticky {
+			rs.need(chainSpec{remember: p.Affinity})
+		}
 		if f.Kind == plan.ClusterIP {
 			rs.shared = append(rs.shared, element{key: key{set: setClusterIPs, addr: f.Addr}})
 		}
 	}
-	rs.hairpins(p, used)
+	rs.hairpins(p, usesOfAll(p))
 	return rs
 }
 
@@ -70,6 +79,16 @@ func usesOf(f *plan.Frontend) uses {
 		u.local = u.local || r.To == plan.Local
 	}
 	return u
+}
+
+// usesOfAll says it of all frontends of a plan.
+func usesOfAll(p *plan.Plan) uses {
+	var all uses
+	for i := range p.Frontends {
+		u := usesOf(&p.Frontends[i])
+		all.cluster, all.local = all.cluster || u.cluster, all.local || u.local
+	}
+	return all
 }
 
 // keyOf is the frontend's key in a set: an address, or a node port.
@@ -87,7 +106,6 @@ func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, cluster, local []num
 	}
 	spec := specOf(p, f)
 	rs.elements = append(rs.elements, element{keyOf(p, f, set), value{then: spec.name()}})
-	rs.need(spec.closure()...)
 	if spec.sticky {
 		rs.sticky(p, f)
 	}
@@ -130,9 +148,8 @@ func (rs *ruleset) sticky(p *plan.Plan, f *plan.Frontend) {
 	if f.Kind == plan.NodePort {
 		set = setPortSticky
 	}
-	spec := chainSpec{remember: p.Affinity}
-	rs.elements = append(rs.elements, element{keyOf(p, f, set), value{then: spec.name()}})
-	rs.need(spec)
+	remember := chainSpec{remember: p.Affinity}
+	rs.elements = append(rs.elements, element{keyOf(p, f, set), value{then: remember.name()}})
 }
 
 // hairpins adds the endpoints that can meet themselves: those on this node.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"maps"
 	"net/netip"
 	"slices"
@@ -52,20 +51,10 @@ type full struct {
 	want *plan.Set
 	keep func(*plan.Plan) bool
 	have *actual
-	// there says that there was a table when it was looked for: if not, everything is
-	// missing, and no element needs to be compared.
-	there bool
-
-	seed   maphash.Seed
-	wanted []uint64 // hashes of elements, sorted: keeping the elements takes ten times as much
-	seen   []bool   // which of them are there
-	stale  map[key]element
-	// staleRanges are the ranges among the stale, by frontend: a range can be put only
-	// when those that overlap it are gone.
-	staleRanges map[key][]element
-	chains      []chainSpec
-	ledger      ledger
-	census      census
+	present
+	chains []chainSpec
+	ledger ledger
+	census census
 	// clients are the frontends with affinity, and who may be behind them.
 	clients stale
 
@@ -78,33 +67,30 @@ type full struct {
 
 // compareAll reads what is there and holds it against what is wanted.
 func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*plan.Plan) bool) (*full, error) {
-	f := &full{x: x, want: want, keep: keep, seed: maphash.MakeSeed(), stale: map[key]element{}, staleRanges: map[key][]element{}, ledger: newLedger(), census: newCensus(x.o.Traffic, want), clients: stale{}}
+	f := &full{x: x, want: want, keep: keep, have: &actual{}, present: newPresent(x.few), census: newCensus(x.o.Traffic, want)}
 	x.kernel.disturbed() // what happened before now is seen now
-	var err error
-	if f.there, err = x.kernel.there(ctx); err != nil {
-		return nil, err
+	there, err := x.kernel.there(ctx)
+	if err == nil && there {
+		f.have, err = x.kernel.read(ctx, f.found)
 	}
-	f.collect()
-	if !f.there {
-		f.have = &actual{}
-		return f, nil
+	if err == nil && !f.hashed {
+		f.collect()
 	}
-	f.have, err = x.kernel.read(ctx, func(e element) error {
-		if i, ok := slices.BinarySearch(f.wanted, f.hash(e)); ok {
-			f.seen[i] = true
-		} else {
-			f.stale[e.key] = e
-			if e.set == setSources {
-				at := frontendOf(e.key)
-				f.staleRanges[at] = append(f.staleRanges[at], e)
-			}
-		}
-		return nil
-	})
 	return f, err
 }
 
-func (f *full) hash(e element) uint64 { return maphash.Comparable(f.seed, e) }
+// found takes an element that is there.
+func (f *full) found(e element) error {
+	if f.present.keep(e) {
+		return nil
+	}
+	if !f.hashed {
+		f.hashed = true
+		f.collect()
+	}
+	f.judge(e)
+	return nil
+}
 
 // plans yields the plans that are wanted, the important ones first.
 func (f *full) plans(yield func(*plan.Plan) bool) {
@@ -117,24 +103,21 @@ func (f *full) plans(yield func(*plan.Plan) bool) {
 	}
 }
 
-// collect compiles everything once, for hashes, and for what plans share.
+// collect goes through everything that is wanted, for what plans share, and to compare
+// it with what is there.
 func (f *full) collect() {
-	want := func(e element) {
-		if f.there {
-			f.wanted = append(f.wanted, f.hash(e))
-		}
-	}
-	if f.there {
+	f.ledger, f.clients = newLedger(), stale{}
+	if f.hashed {
 		f.wanted = make([]uint64, 0, 2*f.want.Len()+f.want.Endpoints)
 	}
 	for p := range f.plans {
-		rs := f.x.compile(p, f.census)
+		rs := f.shared(p)
 		for _, e := range rs.elements {
-			want(e)
+			f.present.want(e)
 		}
 		for _, e := range rs.shared {
 			if f.ledger.shared[e.key] == 0 {
-				want(e)
+				f.present.want(e)
 			}
 		}
 		for _, s := range rs.chains {
@@ -148,23 +131,22 @@ func (f *full) collect() {
 		}
 	}
 	for _, e := range f.base(true).elements {
-		want(e)
+		f.present.want(e)
 	}
-	slices.Sort(f.wanted)
-	f.wanted = slices.Compact(f.wanted)
-	f.seen = make([]bool, len(f.wanted))
+	f.complete()
+}
+
+// shared gives a plan's ruleset, without elements if the kernel has none of the plan's.
+func (f *full) shared(p *plan.Plan) ruleset {
+	for i := range p.Frontends {
+		if f.mayHave(dialledAt(p, &p.Frontends[i])) {
+			return f.x.compile(p, f.census)
+		}
+	}
+	return f.x.c.shared(p)
 }
 
 func (f *full) base(complete bool) static { return f.x.c.base(&f.x.o, f.want.Facts, complete) }
-
-// lacks says whether an element is missing.
-func (f *full) lacks(e element) bool {
-	if !f.there {
-		return true
-	}
-	i, _ := slices.BinarySearch(f.wanted, f.hash(e))
-	return !f.seen[i]
-}
 
 // writeAll writes what differs. Nothing that serves is taken away before what takes
 // its place is there.
@@ -208,8 +190,7 @@ func (f *full) structure(ctx context.Context) error {
 	if rebuild {
 		list = append(list, message{what: deleteTable})
 		f.have = &actual{}
-		f.stale, f.staleRanges = map[key]element{}, nil
-		clear(f.seen)
+		f.nothing()
 	}
 	if !f.have.table {
 		list = append(list, message{what: putTable})

@@ -94,16 +94,19 @@ func TestIncrementalEqualsFull(t *testing.T) {
 				k.most = 4000
 			}
 			flaky := seed%4 == 0
+			few := []int{0, 100, fewMost}[seed%11%3]
 			o := options(w)
 			report := history.NewReports()
 			o.Report = report
 			x, now := clocked(o, k)
+			x.few = few
 			for range 8 {
 				for range 1 + r.IntN(w.Names) {
 					w.Step()
 				}
 				if seed%5 == 0 && r.IntN(3) == 0 {
 					x, now = clocked(o, k)
+					x.few = few
 				}
 				if flaky {
 					k.fail = func() bool { return r.IntN(10) == 0 }

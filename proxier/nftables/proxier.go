@@ -33,6 +33,7 @@ type Proxier struct {
 	c      compiler
 	kernel kernel
 	now    func() time.Time
+	few    int // fewMost
 
 	// What the kernel is believed to have; nil applied means that nothing is known
 	// and must be read first.
@@ -72,7 +73,7 @@ func newProxier(o Options, k kernel) *Proxier {
 	if o.Refused == nil {
 		o.Refused = func(bool) {}
 	}
-	return &Proxier{o: o, c: newCompiler(&o), kernel: k, now: time.Now, ledger: newLedger(),
+	return &Proxier{o: o, c: newCompiler(&o), kernel: k, now: time.Now, few: fewMost, ledger: newLedger(),
 		aside: aside.New(o.Report.SetAside), alarm: make(chan struct{}, 1)}
 }
 
