@@ -45,6 +45,7 @@ func (c compiler) compile(p *plan.Plan) ruleset {
 	if used.local {
 		local = number(p.Local)
 	}
+	rs.elements = make([]element, 0, len(p.Frontends)*(2+len(cluster)+len(local)))
 	for i := range p.Frontends {
 		rs.frontend(p, &p.Frontends[i], cluster, local)
 	}
@@ -111,7 +112,6 @@ func (rs *ruleset) frontend(p *plan.Plan, f *plan.Frontend, cluster, local []num
 	}
 	endpoints := func(list []numbered, local bool) {
 		k := keyOf(p, f, endpointsOf(port, local))
-		rs.elements = slices.Grow(rs.elements, len(list))
 		for _, e := range list {
 			k.index = e.number
 			rs.elements = append(rs.elements, element{k, value{to: e.to}})

@@ -138,12 +138,15 @@ func (f *full) collect() {
 
 // shared gives a plan's ruleset, without elements if the kernel has none of the plan's.
 func (f *full) shared(p *plan.Plan) ruleset {
-	for i := range p.Frontends {
-		if f.mayHave(dialledAt(p, &p.Frontends[i])) {
-			return f.x.compile(p, f.census)
-		}
+	if f.mayHaveSome(p) {
+		return f.x.compile(p, f.census)
 	}
 	return f.x.c.shared(p)
+}
+
+// mayHaveSome says whether some of a plan's elements may be there.
+func (f *full) mayHaveSome(p *plan.Plan) bool {
+	return slices.ContainsFunc(p.Frontends, func(fr plan.Frontend) bool { return f.mayHave(dialledAt(p, &fr)) })
 }
 
 func (f *full) base(complete bool) static { return f.x.c.base(&f.x.o, f.want.Facts, complete) }
@@ -292,7 +295,11 @@ func (f *full) groups(yield func(*group) bool) {
 	for p := range f.plans {
 		rs := f.x.compile(p, f.census)
 		g := &group{new: p}
-		f.fill(g, rs.elements)
+		if f.mayHaveSome(p) {
+			f.fill(g, rs.elements)
+		} else {
+			g.put, f.missing = rs.elements, f.missing+len(rs.elements)
+		}
 		for _, e := range rs.shared {
 			// Each plan puts it, whoever else does: that one could be refused.
 			if f.lacks(e) {

@@ -104,6 +104,7 @@ func (p *present) lacks(e element) bool {
 // nothing notes that all that was there has been taken away.
 func (p *present) nothing() {
 	clear(p.few)
+	clear(p.at)
 	clear(p.seen)
 	clear(p.stale)
 	clear(p.staleRanges)
