@@ -125,7 +125,7 @@ func TestDemoIPVS(t *testing.T) {
 		t.Fatalf("build the demo: %v\n%s", err, out)
 	}
 	var out, errs bytes.Buffer
-	status := execute(options{agent: agent, manifests: "../../examples", extra: "manifests", mode: modeIPVS, limit: 4 * time.Minute, self: self}, &out, &errs)
+	status := execute(options{agent: agent, manifests: "../../examples", extra: "manifests", mode: modeIPVS, limit: 15 * time.Minute, self: self}, &out, &errs)
 	if status != allWell {
 		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
 	}
