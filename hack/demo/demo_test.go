@@ -48,7 +48,7 @@ func TestDemo(t *testing.T) {
 	agent := agentProgram(t)
 	t.Setenv("TMPDIR", t.TempDir())
 	var out, errs bytes.Buffer
-	status := execute(options{agent: agent, manifests: "../../examples", mode: "iptables", limit: 2 * time.Minute}, &out, &errs)
+	status := execute(options{agent: agent, manifests: "../../examples", mode: "iptables", limit: 10 * time.Minute}, &out, &errs)
 	if status != allWell {
 		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
 	}
@@ -76,7 +76,7 @@ func TestDemoNFTables(t *testing.T) {
 	}
 	t.Setenv("TMPDIR", t.TempDir())
 	var out, errs bytes.Buffer
-	status := execute(options{agent: agent, manifests: "../../examples", extra: "manifests", mode: modeNFTables, limit: 2 * time.Minute}, &out, &errs)
+	status := execute(options{agent: agent, manifests: "../../examples", extra: "manifests", mode: modeNFTables, limit: 10 * time.Minute}, &out, &errs)
 	if status != allWell {
 		t.Fatalf("status %d\n%s\n%s", status, errs.String(), out.String())
 	}
@@ -199,7 +199,7 @@ func TestBrokenManifestsFail(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out, errs bytes.Buffer
-	status := execute(options{agent: agent, manifests: dir, mode: "iptables", limit: 2 * time.Minute}, &out, &errs)
+	status := execute(options{agent: agent, manifests: dir, mode: "iptables", limit: 10 * time.Minute}, &out, &errs)
 	if status != notAsWanted {
 		t.Errorf("status %d\n%s\n%s", status, errs.String(), out.String())
 	}
