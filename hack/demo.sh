@@ -9,6 +9,6 @@ mode=${1:-iptables}
 # On a kernel without IPVS that mode is shown in User-Mode Linux, which is slow.
 set --
 if [ "$mode" = ipvs ]; then
-	set -- --limit 3m
+	set -- --limit 5m
 fi
 exec bin/demo --agent bin/sluice --manifests examples --mode "$mode" "$@"

@@ -29,7 +29,7 @@ func main() {
 	flag.StringVar(&o.manifests, "manifests", "examples", "the folder of manifests; a copy is used")
 	flag.StringVar(&o.mode, "mode", "iptables", "the agent's proxy mode")
 	flag.StringVar(&o.extra, "extra", "hack/demo/manifests", "the folder of manifests besides, in one of its folders for each mode")
-	flag.DurationVar(&o.limit, "limit", 30*time.Second, "how long the whole may take")
+	flag.DurationVar(&o.limit, "limit", 2*time.Minute, "how long the whole may take")
 	flag.Parse()
 	o.color = wantsColor(os.Stdout)
 	if color, ok := os.LookupEnv(colorEnv); ok {
