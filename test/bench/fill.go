@@ -55,8 +55,8 @@ func (c *control) fill(ctx context.Context, services int) error {
 	p := c.pattern
 	// The API server reports and repairs Services whose addresses it does not know.
 	last := numbered(services - 1)
-	if err := c.store(ctx, c.filled, services, p.addressOf); err != nil {
-		return fmt.Errorf("write addresses into etcd: %w", err)
+	if err := c.store(ctx, "addresses", c.filled, services, p.addressOf); err != nil {
+		return err
 	}
 	if err := await(ctx, time.Minute, "the API server has all addresses", func() error {
 		_, err := c.client.NetworkingV1().IPAddresses().Get(ctx, last.ip.String(), cached)
@@ -64,8 +64,8 @@ func (c *control) fill(ctx context.Context, services int) error {
 	}); err != nil {
 		return err
 	}
-	if err := c.store(ctx, c.filled, services, func(i int) ([]put, error) { return p.serviceOf(i, c.s.layout()) }); err != nil {
-		return fmt.Errorf("write Services into etcd: %w", err)
+	if err := c.store(ctx, "Services", c.filled, services, func(i int) ([]put, error) { return p.serviceOf(i, c.s.layout()) }); err != nil {
+		return err
 	}
 	c.filled = services
 	return await(ctx, time.Minute, "the API server has all Services", func() error { return c.has(ctx, last) })
@@ -120,7 +120,7 @@ func encode(key string, o runtime.Object, to []put) ([]put, error) {
 
 // store writes what belongs to Services, from one to before another. They come in
 // order, so that who has seen the last has seen all.
-func (c *control) store(ctx context.Context, from, to int, of func(int) ([]put, error)) error {
+func (c *control) store(ctx context.Context, what string, from, to int, of func(int) ([]put, error)) error {
 	const together = 40 // etcd takes 128 writes, and 1.5 MiB, at once
 	etcd := &http.Client{Transport: &http.Transport{DialContext: c.ns.DialContext}}
 	defer etcd.CloseIdleConnections()
@@ -134,10 +134,10 @@ func (c *control) store(ctx context.Context, from, to int, of func(int) ([]put, 
 			all = append(all, puts...)
 		}
 		if err := transact(ctx, etcd, all); err != nil {
-			return err
+			return fmt.Errorf("write %s into etcd: %w", what, err)
 		}
 		if next := first + together; next/5000 > first/5000 && next < to {
-			progress("%d of %d written", next/5000*5000, to)
+			progress("%d of %d %s written", next/5000*5000, to, what)
 		}
 	}
 	return nil
