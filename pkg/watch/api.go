@@ -313,9 +313,9 @@ func (c *connectionState) result(ctx context.Context, k kind, err error) {
 }
 
 // answered says that a failed request shows a living server, and a course that
-// the Reflector takes by itself: history expired, no streaming, too busy.
+// the Reflector takes by itself: history expired, too busy.
 func answered(err error) bool {
-	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) || apierrors.IsInvalid(err) ||
+	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) ||
 		apierrors.IsBadRequest(err) || apierrors.IsTooManyRequests(err) || apierrors.IsTimeout(err) ||
 		apierrors.HasStatusCause(err, metav1.CauseTypeResourceVersionTooLarge) || errors.Is(err, io.EOF)
 }

@@ -27,7 +27,7 @@ func (x *Proxier) Check(ctx context.Context, force bool) (bool, error) {
 		return false, nil
 	}
 	if x.aside.Due(x.now()) {
-		if err := x.syncChanges(ctx, x.applied); err != nil {
+		if err := x.sync(ctx, x.applied); err != nil {
 			return false, err
 		}
 		x.aside.TakeBack(nil)

@@ -15,6 +15,16 @@ import (
 // first.
 func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
 	x.aside.Try(want, x.now())
+	for {
+		err := x.syncOnce(ctx, want)
+		// One plan more is set aside each time.
+		if partly := (*refusedPartly)(nil); !errors.As(err, &partly) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+func (x *Proxier) syncOnce(ctx context.Context, want *plan.Set) error {
 	f, err := x.compareAll(ctx, want, x.aside.Keep)
 	if err != nil {
 		return err

@@ -211,18 +211,27 @@ func (t *fakeTable) brokenChain(frontend key, name chainName, been map[chainName
 // TestRefusedServiceIsSetAside is law 7.
 func TestRefusedServiceIsSetAside(t *testing.T) {
 	for _, mute := range []bool{false, true} {
-		t.Run(fmt.Sprintf("mute=%v", mute), func(t *testing.T) { refuseSome(t, mute) })
+		for _, most := range []int{0, 4000} {
+			for _, few := range []int{0, fewMost} {
+				t.Run(fmt.Sprintf("mute=%v,room=%d,few=%d", mute, most, few), func(t *testing.T) {
+					t.Parallel()
+					refuseSome(t, mute, most, few)
+				})
+			}
+		}
 	}
 }
 
-func refuseSome(t *testing.T, mute bool) {
+// refuseSome is for a kernel that says who is to blame, or does not (mute), takes so
+// many bytes in a transaction, and a proxier that keeps so few elements that it finds.
+func refuseSome(t *testing.T, mute bool, most, few int) {
 	r := rand.New(rand.NewPCG(1, 2))
 	w := newWorld(r, model.IPv4, 200)
 	for range 600 {
 		w.Step()
 	}
 	k := newFake()
-	k.mute = mute
+	k.mute, k.most = mute, most
 	k.refuse = func(e element) error {
 		if e.to.IsValid() && e.to.Addr().As4()[3]%50 == 7 {
 			return unix.EINVAL
@@ -233,6 +242,7 @@ func refuseSome(t *testing.T, mute bool) {
 	o := options(w)
 	o.Report = report
 	x, now := clocked(o, k)
+	x.few = few
 	check := func() {
 		t.Helper()
 		set := w.Set()

@@ -20,8 +20,8 @@ const inOrderMost = 54
 // which takes a millisecond for 10,000 Services, and five for 40,000. An endpoint that
 // comes or goes changes the class seldom, and costs what its element costs.
 //
-// Of a larger class's numbers a fifth are free at the least: see spread. More than two
-// fifths of a class's numbers have an endpoint, but for the first class.
+// Of a larger class's numbers a fifth are free at the least: see spread. About two
+// fifths of a class's numbers have an endpoint at the least, but in the first class.
 func mostOf(n int) int {
 	most := 5
 	for most < n || most > inOrderMost && 4*most < 5*n {
@@ -31,8 +31,7 @@ func mostOf(n int) int {
 }
 
 // tries is how often a number is drawn that may have no endpoint before number 0 is
-// taken, which always has one. It makes that one's share greater by less than a
-// millionth.
+// taken, which always has one. It makes that one's share greater by a millionth.
 func tries(most int) int {
 	if most <= 5 || most > inOrderMost {
 		return 27 // 0.6^27; with one endpoint, who is first does not matter

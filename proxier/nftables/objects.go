@@ -165,6 +165,16 @@ type rolledBack struct {
 	err     error
 }
 
+// is says whether one of the refusals is such an error, or the whole if none is named.
+func (r *rolledBack) is(such func(error) bool) bool {
+	for _, err := range r.refused {
+		if such(err) {
+			return true
+		}
+	}
+	return len(r.refused) == 0 && such(r.err)
+}
+
 func (r *rolledBack) Error() string { return r.err.Error() }
 func (r *rolledBack) Unwrap() error { return r.err }
 

@@ -315,7 +315,7 @@ func (x *Proxier) commitGroups(ctx context.Context, batch []*group, fatal func(e
 		}
 	}
 	if len(batch) == 1 && x.sizeOf(list) > x.kernel.room() {
-		return x.commitStages(ctx, batch[0])
+		return x.commitStages(ctx, batch[0], fatal)
 	}
 	err := x.commit(ctx, list)
 	var back *rolledBack
@@ -332,7 +332,7 @@ func (x *Proxier) commitGroups(ctx context.Context, batch []*group, fatal func(e
 	switch {
 	case len(culprits) > 0:
 	case errors.Is(err, nlbatch.ErrTooLarge) && len(batch) == 1:
-		return x.commitStages(ctx, batch[0])
+		return x.commitStages(ctx, batch[0], fatal)
 	case len(batch) > 1:
 		half := len(batch) / 2
 		if err := x.commitGroups(ctx, batch[:half], fatal); err != nil {
@@ -365,22 +365,39 @@ func (x *Proxier) withoutCulprits(ctx context.Context, batch []*group, culprits 
 	return x.commitGroups(ctx, rest, fatal)
 }
 
-// commitStages commits a group that is too large for one transaction. If the kernel
-// refuses some of it, the rest is in force already: the next comparison sees that.
-func (x *Proxier) commitStages(ctx context.Context, g *group) error {
+// refusedPartly is a plan that was set aside when a part of it was in force already. Only
+// a comparison of everything finds what is left of it.
+type refusedPartly struct{ err error }
+
+func (r *refusedPartly) Error() string {
+	return "a part of what is too large for one transaction: " + r.err.Error()
+}
+func (r *refusedPartly) Unwrap() error { return r.err }
+
+// commitStages commits a group that is too large for one transaction.
+func (x *Proxier) commitStages(ctx context.Context, g *group, fatal func(error) bool) error {
 	var batch []message
 	size := 0
 	for _, stage := range append(g.stages(), nil) {
 		n := x.sizeOf(stage)
 		if size > 0 && (stage == nil || size+n > x.kernel.room()) {
 			if err := x.commit(ctx, batch); err != nil {
-				return fmt.Errorf("a part of what is too large for one transaction: %w", err)
+				return x.stageFailed(ctx, g, err, fatal)
 			}
 			batch, size = nil, 0
 		}
 		batch, size = append(batch, stage...), size+n
 	}
 	return nil
+}
+
+func (x *Proxier) stageFailed(ctx context.Context, g *group, err error, fatal func(error) bool) error {
+	var back *rolledBack
+	if !errors.As(err, &back) || ctx.Err() != nil || g.new == nil || back.is(fatal) {
+		return fmt.Errorf("a part of what is too large for one transaction: %w", err)
+	}
+	x.setAside(g.new, err)
+	return &refusedPartly{err}
 }
 
 func (x *Proxier) commit(ctx context.Context, list []message) error {

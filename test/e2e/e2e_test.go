@@ -488,10 +488,8 @@ func TestRole(t *testing.T) {
 // unusedRights lists what a role allows and nobody used.
 func unusedRights(role *rbacv1.ClusterRole, used map[string]bool) (unused []string) {
 	rare := []string{
-		"patch events",                         // an Event that happens again
-		"list services", "list endpointslices", // a watch from an API server without WatchList,
-		"list nodes", "list servicecidrs", // or after it went back too far
-		"watch servicecidrs", // only a mode that needs the range: see TestServiceCIDRs
+		"patch events",                            // an Event that happens again
+		"list servicecidrs", "watch servicecidrs", // only a mode that needs the range: see TestServiceCIDRs
 	}
 	for _, rule := range role.Rules {
 		for _, verb := range rule.Verbs {
