@@ -92,6 +92,24 @@ func TestFewMove(t *testing.T) {
 	}
 }
 
+// TestNumbersStay: another version of the agent gives the same numbers, or it would
+// write those of all large Services anew.
+func TestNumbersStay(t *testing.T) {
+	for to, want := range map[string]uint64{
+		"10.244.0.2:8080":       0x58ffc5e8f2379d5e,
+		"10.244.255.254:53":     0xe31287cb0f1c641e,
+		"[fd00:10:244::2]:8080": 0x4aecbb85b6bff841,
+	} {
+		if got := hashOf(netip.MustParseAddrPort(to)); got != want {
+			t.Errorf("%s: %#x, want %#x", to, got, want)
+		}
+	}
+	// The hash of the last of them has its home at 108 of 109 places, from 1.
+	if got := number(backends(60))[59]; got.number != 109 {
+		t.Errorf("the last of 60 is %v", got)
+	}
+}
+
 // TestManyEndpoints: what TestIncrementalEqualsFull shows, for one Service of so many
 // that they are not numbered in order, and class boundaries.
 func TestManyEndpoints(t *testing.T) {
@@ -117,6 +135,13 @@ func TestManyEndpoints(t *testing.T) {
 				}
 				set := web(t, model.IPv4, n, nil)
 				mustSync(t, x, set)
+				if r.IntN(4) == 0 { // a new agent finds the numbers that it would give
+					commits := k.commits
+					x, now = clocked(o, k)
+					if mustSync(t, x, set); k.commits > commits {
+						t.Fatalf("%d endpoints: %d transactions by a new agent", n, k.commits-commits)
+					}
+				}
 				sweep(t, x, now)
 				k2 := newFake()
 				full, _ := clocked(o, k2)
