@@ -17,8 +17,7 @@ func (x *Proxier) syncAll(ctx context.Context, want *plan.Set) error {
 	x.aside.Try(want, x.now())
 	for {
 		err := x.syncOnce(ctx, want)
-		// One plan more is set aside each time.
-		if partly := (*refusedPartly)(nil); !errors.As(err, &partly) || ctx.Err() != nil {
+		if !x.setPartlyAside(ctx, err) { // one more each time
 			return err
 		}
 	}

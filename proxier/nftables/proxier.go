@@ -121,6 +121,7 @@ func (x *Proxier) sync(ctx context.Context, want *plan.Set) error {
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
+		x.setPartlyAside(ctx, err)
 		// Part of the change may be in force: start over from what is there.
 		x.applied = nil
 	}

@@ -365,9 +365,12 @@ func (x *Proxier) withoutCulprits(ctx context.Context, batch []*group, culprits 
 	return x.commitGroups(ctx, rest, fatal)
 }
 
-// refusedPartly is a plan that was set aside when a part of it was in force already. Only
-// a comparison of everything finds what is left of it.
-type refusedPartly struct{ err error }
+// refusedPartly is a plan that is to be set aside when a part of it is in force already.
+// Only a comparison of everything finds what is left of it.
+type refusedPartly struct {
+	plan *plan.Plan
+	err  error
+}
 
 func (r *refusedPartly) Error() string {
 	return "a part of what is too large for one transaction: " + r.err.Error()
@@ -396,8 +399,17 @@ func (x *Proxier) stageFailed(ctx context.Context, g *group, err error, fatal fu
 	if !errors.As(err, &back) || ctx.Err() != nil || g.new == nil || back.is(fatal) {
 		return fmt.Errorf("a part of what is too large for one transaction: %w", err)
 	}
-	x.setAside(g.new, err)
-	return &refusedPartly{err}
+	return &refusedPartly{g.new, err}
+}
+
+// setPartlyAside sets the plan of an error aside, if it is one of a part of a plan.
+func (x *Proxier) setPartlyAside(ctx context.Context, err error) bool {
+	var partly *refusedPartly
+	if !errors.As(err, &partly) || ctx.Err() != nil {
+		return false
+	}
+	x.setAside(partly.plan, partly.err)
+	return true
 }
 
 func (x *Proxier) commit(ctx context.Context, list []message) error {
