@@ -90,7 +90,7 @@ func (x *Proxier) compareAll(ctx context.Context, want *plan.Set, keep func(*pla
 
 // found takes an element that is there.
 func (f *full) found(e element) error {
-	if f.present.keep(e) {
+	if f.retain(e) {
 		return nil
 	}
 	if !f.hashed {
@@ -122,11 +122,11 @@ func (f *full) collect() {
 	for p := range f.plans {
 		rs := f.shared(p)
 		for _, e := range rs.elements {
-			f.present.want(e)
+			f.expect(e)
 		}
 		for _, e := range rs.shared {
 			if f.ledger.shared[e.key] == 0 {
-				f.present.want(e)
+				f.expect(e)
 			}
 		}
 		for _, s := range rs.chains {
@@ -140,7 +140,7 @@ func (f *full) collect() {
 		}
 	}
 	for _, e := range f.base(true).elements {
-		f.present.want(e)
+		f.expect(e)
 	}
 	f.complete()
 }

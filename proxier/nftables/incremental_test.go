@@ -49,11 +49,11 @@ func clocked(o Options, k kernel) (*Proxier, *time.Time) {
 }
 
 // fresh is what a start from nothing writes for a Set.
-func fresh(t *testing.T, w *history.World, set *plan.Set, refuse func(element) error) string {
+func fresh(t *testing.T, o Options, set *plan.Set, refuse func(element) error) string {
 	t.Helper()
 	k := newFake()
 	k.refuse = refuse
-	x, now := clocked(options(w), k)
+	x, now := clocked(o, k)
 	if err := x.Sync(context.Background(), set); err != nil {
 		t.Fatalf("start from nothing: %v", err)
 	}
@@ -115,7 +115,7 @@ func TestIncrementalEqualsFull(t *testing.T) {
 				history.Insist(t, x, set)
 				k.fail = nil
 				sweep(t, x, now)
-				if d := cmp.Diff(fresh(t, w, set, nil), k.text()); d != "" {
+				if d := cmp.Diff(fresh(t, options(w), set, nil), k.text()); d != "" {
 					t.Fatalf("incremental differs from full (-full +incremental):\n%s", d)
 				}
 				commits := k.commits
@@ -261,7 +261,7 @@ func refuseSome(t *testing.T, mute bool, most, few int) {
 			t.Fatalf("set aside (-want +got):\n%s", d)
 		}
 		sweep(t, x, now)
-		if d := cmp.Diff(fresh(t, w, set, k.refuse), k.text()); d != "" {
+		if d := cmp.Diff(fresh(t, options(w), set, k.refuse), k.text()); d != "" {
 			t.Fatalf("the others are not all in force:\n%s", d)
 		}
 	}
@@ -312,7 +312,7 @@ func TestEverythingRefused(t *testing.T) {
 		t.Fatalf("set aside: %v", report.Aside)
 	}
 	sweep(t, x, now)
-	if d := cmp.Diff(fresh(t, w, set, nil), k.text()); d != "" {
+	if d := cmp.Diff(fresh(t, options(w), set, nil), k.text()); d != "" {
 		t.Fatal(d)
 	}
 	if report.Drift["table"] != 1 {

@@ -137,7 +137,7 @@ func testKernelHistory(t *testing.T, seed int) {
 			t.Fatal(err)
 		}
 		sweep(t, x, now)
-		want := fresh(t, w, set, nil)
+		want := fresh(t, options(w), set, nil)
 		if d := cmp.Diff(want, kernelText(t, k, set, o)); d != "" {
 			t.Fatalf("the kernel differs from a start from nothing (-want +got):\n%s", d)
 		}

@@ -60,8 +60,6 @@ func (l *ledger) release(rs *ruleset, now time.Time) (unneeded []element) {
 type group struct {
 	old, new *plan.Plan // nil: none, or none that is in force
 	was, is  ruleset
-	// gone and come are the elements of was and is but for those that stay.
-	gone, come []element
 
 	head     []message // what comes before all else
 	del, put []element

@@ -41,8 +41,8 @@ func newPresent(most int) present {
 
 func (p *present) hash(e element) uint64 { return maphash.Comparable(p.seed, e) }
 
-// keep notes an element that is there, unless there are too many already.
-func (p *present) keep(e element) bool {
+// retain notes an element that is there, unless there are too many already.
+func (p *present) retain(e element) bool {
 	if p.hashed || len(p.few) == p.most {
 		return false
 	}
@@ -51,8 +51,8 @@ func (p *present) keep(e element) bool {
 	return true
 }
 
-// want notes an element that is wanted.
-func (p *present) want(e element) {
+// expect notes an element that is wanted.
+func (p *present) expect(e element) {
 	if p.hashed {
 		p.wanted = append(p.wanted, p.hash(e))
 	} else if old, ok := p.few[e.key]; ok && old.value == e.value {

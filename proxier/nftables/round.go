@@ -107,14 +107,15 @@ func (x *Proxier) compare(groups []*group) {
 	had := map[key]element{}
 	owner := map[key]*group{}
 	wanted := map[key]bool{}
-	for _, g := range groups {
-		g.gone, g.come = unmatched(g.was.elements, g.is.elements)
-		for _, e := range g.gone {
+	gone, come := make([][]element, len(groups)), make([][]element, len(groups))
+	for i, g := range groups {
+		gone[i], come[i] = unmatched(g.was.elements, g.is.elements)
+		for _, e := range gone[i] {
 			had[e.key], owner[e.key] = e, g
 		}
 	}
-	for _, g := range groups {
-		for _, e := range g.come {
+	for i, g := range groups {
+		for _, e := range come[i] {
 			wanted[e.key] = true
 			old, there := had[e.key]
 			switch from := owner[e.key]; {
@@ -135,8 +136,8 @@ func (x *Proxier) compare(groups []*group) {
 			}
 		}
 	}
-	for _, g := range groups {
-		for _, e := range g.gone {
+	for i, g := range groups {
+		for _, e := range gone[i] {
 			if !wanted[e.key] {
 				g.del = append(g.del, e)
 			}
